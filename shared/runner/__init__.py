@@ -1,0 +1,1 @@
+"""The run: find papers, compose their config, run experiments with a cache, judge the claims, write the results."""

@@ -1,0 +1,125 @@
+"""The result document: what ``results.json`` holds, and what every report is made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from shared.claims import Claim
+from shared.experiment import Artifact, Measurement, Picture, Table
+from shared.runner.environment import environment
+from shared.runner.experiments import ExperimentRun
+
+if TYPE_CHECKING:
+    from shared.runner.execute import Run
+
+SCHEMA_VERSION = 1
+
+
+def build_document(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The document of a finished run. Pictures and artifacts are named here and written by :mod:`shared.runner.sinks`."""
+    owner = {claim: experiment for experiment in run.experiments for claim in experiment.outcomes}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "paper": run.paper.name,
+        "title": run.paper.claims_file.paper.title,
+        "scale": run.settings.scale,
+        "device": run.settings.device,
+        "seed": run.settings.seed,
+        "config": {key: value for key, value in config.items() if key not in ("out", "cache")},
+        "environment": environment(),
+        "started": run.started,
+        "seconds": round(run.seconds, 3),
+        "claims": [claim_row(run, claim, owner.get(claim.id)) for claim in run.claims],
+        "experiments": [
+            {
+                "name": experiment.name,
+                "seconds": round(experiment.total_seconds, 3),
+                "from_cache": experiment.from_cache,
+            }
+            for experiment in run.experiments
+        ],
+        "measurements": [
+            {"experiment": experiment.name, **_table(exhibit)}
+            for experiment in run.experiments
+            for exhibit in experiment.exhibits
+            if isinstance(exhibit, Table)
+        ],
+        "pictures": [
+            {
+                "experiment": experiment.name,
+                "name": exhibit.name,
+                "title": exhibit.title,
+                "file": f"pictures/{exhibit.name}.png",
+                "note": exhibit.note,
+            }
+            for experiment in run.experiments
+            for exhibit in experiment.exhibits
+            if isinstance(exhibit, Picture)
+        ],
+        "checkpoints": [
+            f"checkpoints/{exhibit.name}"
+            for experiment in run.experiments
+            for exhibit in experiment.exhibits
+            if isinstance(exhibit, Artifact)
+        ],
+        "notes": list(run.notes),
+    }
+
+
+def claim_row(run: Run, claim: Claim, experiment: ExperimentRun | None) -> dict[str, Any]:
+    """One row of the claims table."""
+    outcome = run.outcomes[claim.id]
+    judgement = run.judgements[claim.id]
+    number = outcome if isinstance(outcome, Measurement) else None
+    stated = list(claim.value) if isinstance(claim.value, tuple) else claim.value
+    return {
+        "id": claim.id,
+        "ref": claim.ref,
+        "kind": claim.kind,
+        "statement": claim.statement,
+        "source": claim.source,
+        "tag": claim.tag,
+        "evidence": claim.evidence,
+        "relation": claim.relation,
+        "paper_value": stated if claim.kind == "claim" else None,
+        "stated_value": stated if claim.kind == "finding" else None,
+        "value": _finite(number.value) if number else None,
+        "unit": claim.unit,
+        "ci_low": _finite(number.ci_low) if number else None,
+        "ci_high": _finite(number.ci_high) if number else None,
+        "n_seeds": number.n_seeds if number else 0,
+        "values": list(number.values) if number else [],
+        "model_error_rel": number.model_error_rel if number else None,
+        "tolerance": claim.tolerance.model_dump(exclude_none=True) if claim.tolerance else None,
+        "neutral": claim.neutral,
+        "verdict": str(judgement.verdict),
+        "reason": judgement.reason,
+        "suspicious": judgement.suspicious,
+        "conditions": claim.conditions,
+        "control": run.controls.get(claim.id)
+        or (
+            {**claim.control.model_dump(), "value": None, "verdict": None, "reason": "", "ok": None}
+            if claim.control
+            else None
+        ),
+        "no_control": claim.no_control,
+        "experiment": experiment.name if experiment else None,
+        "seconds": round(experiment.seconds[claim.id], 3) if experiment else 0.0,
+        "note": number.note if number else "",
+        "sensitivity": run.sensitivity.get(claim.id),
+    }
+
+
+def _table(table: Table) -> dict[str, Any]:
+    rows = [
+        {key: _finite(value) if isinstance(value, float) else value for key, value in row.items()} for row in table.rows
+    ]
+    return {**asdict(table), "rows": rows}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: an open end of an interval is null."""
+    return value if value is not None and math.isfinite(value) else None
