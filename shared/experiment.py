@@ -92,11 +92,25 @@ Result = Measurement | NotTested | Table | Picture | Artifact
 class Context(Protocol):
     """What the runner hands to an experiment."""
 
-    seed: int  # base seed of the run
-    seeds: tuple[int, ...]  # the seeds of trained experiments, disjoint between base seeds
-    scale: str  # smoke | reduced | full
-    published: Mapping[str, Any]  # the `published` section of claims.yaml: numbers of the paper that serve as inputs
-    threads: int  # torch threads for this process
+    @property
+    def seed(self) -> int:
+        """Base seed of the run."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of trained experiments, disjoint between base seeds."""
+
+    @property
+    def scale(self) -> str:
+        """``smoke``, ``reduced`` or ``full``."""
+
+    @property
+    def published(self) -> Mapping[str, Any]:
+        """The ``published`` section of claims.yaml: numbers of the paper that serve as inputs."""
+
+    @property
+    def threads(self) -> int:
+        """Torch threads of each process."""
 
     def map(
         self, name: str, function: Callable[..., Any], jobs: Iterable[Mapping[str, Any]]

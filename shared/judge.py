@@ -10,22 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 from shared.claims import Claim
 from shared.experiment import Measurement, NotTested
+from shared.verdict import Verdict
 
 MIN_SEEDS = 3
 SUSPICIOUS_RATIO = 1.5  # an effect this many times the paper's is flagged, not celebrated
 _SLACK = 1e-9  # relative, for decimal fractions that binary floats cannot hold
-
-
-class Verdict(StrEnum):
-    REPLICATED = "replicated"
-    DIRECTION = "direction only"
-    NOT_REPLICATED = "not replicated"
-    NOT_TESTED = "not tested"
-    ERROR = "error"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.runner.environment import cpu_name, version
-from shared.runner.papers import PAPERS, ROOT
+from shared.runner.paths import PAPERS, ROOT
 
 
 def digest(value: Any) -> str:
@@ -70,14 +70,16 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            return self._set_aside(path, type(error).__name__)
+            self._set_aside(path, type(error).__name__)
+            return None
         try:
             entry = json.loads(text)
-            if entry["checksum"] != digest(entry["value"]):
-                return self._set_aside(path, "checksum differs")
+            if entry["checksum"] == digest(entry["value"]):
+                return entry["value"]
+            self._set_aside(path, "checksum differs")
         except (ValueError, KeyError, TypeError):
-            return self._set_aside(path, "not a whole entry")
-        return entry["value"]
+            self._set_aside(path, "not a whole entry")
+        return None
 
     def put(self, key: str, value: Any) -> None:
         """Keep ``value``. A full or read-only disk is noted, never fatal: the number itself is not lost."""

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from shared.errors import UserError, unknown
-from shared.runner.papers import CONF, PAPERS, paper_names, register_search_path
+from shared.runner.papers import paper_names, register_search_path
+from shared.runner.paths import CONF, PAPERS
 
 _statuses: list[int] = []
 
@@ -83,7 +84,7 @@ def _hydra_main(config: DictConfig) -> int:
 
 def run_composed(config: DictConfig, folder: Path) -> int:
     """Execute one composed config, write everything into ``folder`` and return the exit status."""
-    from shared.report.terminal import TerminalDisplay, print_results
+    from shared.runner.display import TerminalDisplay
     from shared.runner.execute import execute, exit_status, results_folder
     from shared.runner.sinks import write_results
 
@@ -96,7 +97,7 @@ def run_composed(config: DictConfig, folder: Path) -> int:
     for experiment in run.experiments:
         if experiment.traceback:
             print(experiment.traceback, file=sys.stderr)
-    print_results(document)
+    display.finish(document)
     print(path)
     return exit_status(run)
 
@@ -148,7 +149,7 @@ def _unknown_key(key: str) -> str:
             node = OmegaConf.select(config, ".".join(parents)) if parents else config
             if isinstance(node, DictConfig):
                 prefix = "".join(f"{part}." for part in parents)
-                known = [f"{prefix}{name}" for name in node if name != "hydra"]
+                known = [prefix + str(name) for name in node if name != "hydra"]
         except HydraException:
             pass
     return str(unknown("key", key, known))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,18 +13,11 @@ from shared.runner.cache import Cache, experiment_key
 from shared.runner.pool import run_jobs
 
 
-class ProgressTask(Protocol):
-    def update(self, done: float, total: float | None = None, note: str = "") -> None: ...
-
-    def __enter__(self) -> ProgressTask: ...
-
-    def __exit__(self, *args: object) -> None: ...
-
-
 class ProgressDisplay(Protocol):
-    """The progress bars of a run (:mod:`shared.report.terminal` draws them)."""
+    """The progress bars of a run (:mod:`shared.report.progress` draws them)."""
 
-    def task(self, description: str, total: float | None = None) -> ProgressTask: ...
+    def task(self, description: str, total: float | None = None) -> AbstractContextManager[Callable[[float], None]]:
+        """A bar for as long as the context lasts; call what it gives with how much is done."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class RunContext:
 
             def progress(index: int, done: int, total: int) -> None:
                 share[index] = done / total if total else 0.0
-                task.update(sum(share))
+                task(sum(share))
 
             for position, result in run_jobs(
                 target, work, workers=self.workers, threads=self.threads, progress=progress
@@ -73,5 +67,5 @@ class RunContext:
                 result = json.loads(json.dumps(result))  # what a later run will read from the cache, bit for bit
                 self.cache.put(keys[missing[position]], {"result": result})
                 share[position] = 1.0
-                task.update(sum(share))
+                task(sum(share))
                 yield job_list[missing[position]], result, work[position][1]

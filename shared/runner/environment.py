@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.runner.papers import ROOT
+from shared.runner.paths import ROOT
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "scipy", "wandb")
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from shared.claims import Claim
 from shared.errors import UserError
-from shared.experiment import NotTested
+from shared.experiment import Experiment, NotTested
 from shared.hardware.device import load_device
 from shared.judge import Failure, Judgement, Situation, Verdict, judge
 from shared.runner.cache import Cache
@@ -90,14 +90,17 @@ def execute(config: Config, display: Display) -> tuple[Run, dict[str, Any]]:
             display.claim(claim_row(run, by_id[claim_id], experiment))
 
     for entry in paper.experiments:
-        if wanted.intersection(entry.claims):
+        shows_only = not entry.claims and settings.claims is None  # tables and pictures that settle nothing
+        if shows_only or wanted.intersection(entry.claims):
             run.experiments.append(run_experiment(entry, config, context, settled))
     if settings.control:
-        run.controls = _run_controls(config, paper, claims, context, situation)
+        run.controls = _run_controls(config, run, context, situation)
     if settings.sensitivity:
         from shared.runner.sensitivity import run_sensitivity
 
-        run.sensitivity = run_sensitivity(config, paper, claims, context, situation, run.outcomes)
+        run.sensitivity = run_sensitivity(
+            config, lambda claim_id: _experiment_of(paper, claim_id), claims, context, situation, run.outcomes
+        )
     run.notes += cache.notes
     run.seconds = time.perf_counter() - clock
     return run, build_document(run, config)
@@ -122,16 +125,17 @@ def _check_controls(config: Config, paper: PaperPackage, claims: list[Claim]) ->
                 )
 
 
-def _run_controls(
-    config: Config, paper: PaperPackage, claims: list[Claim], context: RunContext, situation: Situation
-) -> dict[str, dict[str, Any]]:
-    """With the paper's idea off, every claim must fail. ``ok`` is None where that could not be tested."""
+_RANK = {Verdict.NOT_REPLICATED: 0, Verdict.DIRECTION: 1, Verdict.REPLICATED: 2}
+
+
+def _run_controls(config: Config, run: Run, context: RunContext, situation: Situation) -> dict[str, dict[str, Any]]:
+    """With the paper's idea off, every claim must fail, or at least do worse than with it. ``ok`` is None where untested."""
     results: dict[str, dict[str, Any]] = {}
-    for claim in claims:
+    for claim in run.claims:
         if claim.control is None or claim.not_testable:
             continue
         off = with_overrides(config, claim.control.set, f"the control of '{claim.id}'")
-        outcome = run_experiment(_experiment_of(paper, claim.id), off, context, _ignore).outcomes[claim.id]
+        outcome = run_experiment(_experiment_of(run.paper, claim.id), off, context, _ignore).outcomes[claim.id]
         verdict = judge(claim, outcome, situation).verdict
         results[claim.id] = {
             "set": claim.control.set,
@@ -139,7 +143,9 @@ def _run_controls(
             "value": None if isinstance(outcome, NotTested | Failure) else outcome.value,
             "verdict": str(verdict),
             "reason": outcome.reason if isinstance(outcome, NotTested | Failure) else "",
-            "ok": None if verdict in (Verdict.NOT_TESTED, Verdict.ERROR) else verdict == Verdict.NOT_REPLICATED,
+            "ok": None
+            if verdict not in _RANK
+            else _RANK[verdict] == 0 or _RANK[verdict] < _RANK.get(run.judgements[claim.id].verdict, 0),
         }
     return results
 
@@ -148,7 +154,7 @@ def _ignore(run: ExperimentRun, claim: str) -> None:
     """A control's claims are not shown one by one."""
 
 
-def _experiment_of(paper: PaperPackage, claim_id: str) -> Any:
+def _experiment_of(paper: PaperPackage, claim_id: str) -> Experiment:
     return next(entry for entry in paper.experiments if claim_id in entry.claims)
 
 

@@ -13,10 +13,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from shared.claims import ClaimsFile, load_claims
 from shared.errors import UserError, unknown
 from shared.experiment import Experiment
-
-ROOT = Path(__file__).resolve().parents[2]
-PAPERS = ROOT / "papers"
-CONF = ROOT / "conf"
+from shared.runner.paths import CONF, PAPERS
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,16 @@ def _check_coverage(name: str, claims_file: ClaimsFile, experiments: tuple[Exper
     owner: dict[str, str] = {}
     known = claims_file.by_id()
     for entry in experiments:
-        for claim in entry.claims:
-            if claim not in known:
+        for claim_id in entry.claims:
+            if claim_id not in known:
                 raise UserError(
-                    f"papers/{name}: experiment '{entry.name}' settles '{claim}', which claims.yaml does not list"
+                    f"papers/{name}: experiment '{entry.name}' settles '{claim_id}', which claims.yaml does not list"
                 )
-            if claim in owner:
-                raise UserError(f"papers/{name}: both '{owner[claim]}' and '{entry.name}' settle the claim '{claim}'")
-            owner[claim] = entry.name
+            if claim_id in owner:
+                raise UserError(
+                    f"papers/{name}: both '{owner[claim_id]}' and '{entry.name}' settle the claim '{claim_id}'"
+                )
+            owner[claim_id] = entry.name
     for claim_id, claim in known.items():
         if claim_id not in owner and not claim.not_testable:
             raise UserError(

@@ -17,8 +17,8 @@ def write_results(run: Run, document: dict[str, Any], folder: Path, display: Dis
     Raises:
         UserError: results.json cannot be written (everything computed is in the cache and comes back at once).
     """
+    from shared.report.document import write_json
     from shared.report.html import write_html
-    from shared.report.json_file import write_json
     from shared.report.tracking import log_wandb
 
     _write_files(run, folder, document)

@@ -1,0 +1,29 @@
+# `make run paper=m3vit` and `make test` need nothing but Python 3.11 to 3.13 and a network for the first call.
+PYTHON ?= python3
+PY := .venv/bin/python
+paper ?= m3vit
+args ?=
+
+.PHONY: run test lint smoke bench
+
+run: .venv/installed
+	$(PY) run.py paper=$(paper) $(args)
+
+test: .venv/installed
+	$(PY) -m pytest $(args)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+smoke: .venv/installed
+	$(PY) run.py -m 'paper=glob(*)' scale=smoke control=true tracking=none
+
+bench: .venv/installed
+	$(PY) -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(args)
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
