@@ -4,7 +4,7 @@ PY := .venv/bin/python
 paper ?= m3vit
 args ?=
 
-.PHONY: run test lint smoke bench
+.PHONY: run test lint smoke table bench
 
 run: .venv/installed
 	$(PY) run.py paper=$(paper) $(args)
@@ -19,6 +19,9 @@ lint: .venv/installed
 
 smoke: .venv/installed
 	$(PY) run.py -m 'paper=glob(*)' scale=smoke control=true tracking=none
+
+table: .venv/installed
+	$(PY) -m shared.report.cards
 
 bench: .venv/installed
 	$(PY) -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(args)

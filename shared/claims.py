@@ -80,6 +80,7 @@ class Claim(_Strict):
     ref: str = ""
     kind: Literal["claim", "finding"] = "claim"
     statement: str = Field(min_length=10)
+    headline: bool = False  # shown in the table of the README
     value: Number | tuple[Number, Number] | None
     unit: str
     source: str

@@ -102,7 +102,7 @@ def fit(
             raise UserError(
                 f"the loss is {value} at step {step} of {steps} (seed {seed}): lower the learning rate or the loss weights"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()

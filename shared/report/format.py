@@ -60,6 +60,8 @@ def unit_for(unit: str | None, reference: float | None = None) -> Unit:
         return Unit(1.0, "×")
     if name in _NO_UNIT:
         return Unit(1.0, "")
+    if name == "percent":
+        return Unit(1.0, " %")
     if name not in _SCALED:
         return Unit(1.0, f" {name}")
     label, prefixes = _SCALED[name]

@@ -19,6 +19,18 @@ def claims_markdown(document: Mapping[str, Any]) -> str:
     return "\n".join(_lines(document))
 
 
+def headlines_markdown(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The headline rows of many papers in one table."""
+    lines = ["| Paper | Claim | Paper's number | Ours | Evidence | Verdict |", "| :-- | :-- | --: | --: | :-- | :-- |"]
+    for document in documents:
+        name = document["paper"]
+        for row in document["claims"]:
+            if row.get("headline"):
+                claim, *cells = _cells(row)
+                lines.append(f"| {' | '.join([f'[{name}](papers/{name}/README.md)', claim, *cells])} |")
+    return "\n".join(lines)
+
+
 def escape(text: str) -> str:
     """Text that Markdown shows as it is, on one line (a table cell cannot hold a line break)."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
@@ -67,6 +79,10 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(row: Mapping[str, Any]) -> str:
+    return f"| {' | '.join(_cells(row))} |"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
     recalled = " †" if fmt.is_recalled(row) else ""
     verdict = f"{fmt.GLYPHS.get(row.get('verdict') or '', '?')} {row.get('verdict')}"
     if row.get("verdict") != "replicated" and row.get("reason"):
@@ -77,14 +93,13 @@ def _row(row: Mapping[str, Any]) -> str:
         verdict += f"; CONTROL PASSED: {fmt.control_text(row)}"
     source = f" ({row['source']})" if row.get("source") else ""
     ident = re.sub(r"[`|\s]+", " ", str(row["id"]))
-    cells = [
+    return [
         f"`{ident}`<br>{escape(str(row.get('statement') or '') + source)}",
         escape(fmt.stated(row)) + recalled,
         escape(fmt.ours(row)),
         escape(str(row.get("evidence") or "")),
         escape(verdict),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _footnotes(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

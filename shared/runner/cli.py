@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -65,19 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-    except (UserError, HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
-        sentence = _sentence(error, argv)
-        if sentence is None:
-            traceback.print_exc()
-            sys.exit(1)
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        sys.exit(_report(error))
     sys.exit(max(_statuses, default=0))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _hydra_main(config: DictConfig) -> int:
-    status = run_composed(config, Path(HydraConfig.get().runtime.output_dir))
+    try:
+        status = run_composed(config, Path(HydraConfig.get().runtime.output_dir))
+    except Exception as error:  # Hydra would print a line of its own; and the other jobs of a sweep go on
+        status = _report(error)
     _statuses.append(status)
     return status
 
@@ -102,19 +100,27 @@ def run_composed(config: DictConfig, folder: Path) -> int:
     return exit_status(run)
 
 
+def _report(error: Exception) -> int:
+    """Print an error and return its exit status: one sentence and 2 for the user's, the traceback and 1 for ours."""
+    sentence = _sentence(error)
+    if sentence is None:
+        traceback.print_exc()
+        return 1
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
+def _sentence(error: Exception) -> str | None:
     """One sentence for an error of the user's, None for one of ours."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if isinstance(error, YAMLError):
         return f"a config file is not valid YAML: {text}; mend the file"
-    if isinstance(error, OSError):
-        return f"{text}; free some space or choose another folder with out=FOLDER" if error.filename else None
     if match := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, name = match.groups()
         return str(unknown(group, name, _options(group)))
@@ -123,8 +129,11 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
         return f"say which {group}: {group}=NAME, one of: {', '.join(_options(group))}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match.group(1))
-    if isinstance(error, OverrideParseException | ConfigCompositionException | OmegaConfBaseException | HydraException):
-        return f"cannot read the command line {' '.join(argv)}: {text.split(' See https')[0]}; python run.py --help shows how"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        reason = text.split(" See https")[0]
+        return f"cannot read the command line {' '.join(sys.argv[1:])}: {reason}; python run.py --help shows how"
+    if isinstance(error, OSError) and error.filename:
+        return f"{text}; free some space or choose another folder with out=FOLDER"
     return None
 
 
@@ -138,20 +147,17 @@ def _unknown_key(key: str) -> str:
     from hydra.core.global_hydra import GlobalHydra
 
     known: list[str] = []
-    overrides = [argument for argument in sys.argv[1:] if re.match(r"(paper|device|scale)=\w+$", argument)]
-    hydra_instance = GlobalHydra.instance().hydra
-    if hydra_instance is not None:
-        try:
-            config = hydra_instance.compose_config(
-                "config", overrides, run_mode=hydra.types.RunMode.RUN, with_log_configuration=False
-            )
-            *parents, _ = key.split(".")
-            node = OmegaConf.select(config, ".".join(parents)) if parents else config
-            if isinstance(node, DictConfig):
-                prefix = "".join(f"{part}." for part in parents)
-                known = [prefix + str(name) for name in node if name != "hydra"]
-        except HydraException:
-            pass
+    choices = [argument for argument in sys.argv[1:] if re.match(r"(paper|device|scale|tracking)=\w+$", argument)]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose("config", choices)
+    except HydraException:
+        return str(unknown("key", key, known))
+    *parents, _ = key.split(".")
+    node = OmegaConf.select(config, ".".join(parents)) if parents else config
+    if isinstance(node, DictConfig):
+        known = [".".join([*parents, str(name)]) for name in node]
     return str(unknown("key", key, known))
 
 

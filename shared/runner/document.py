@@ -80,6 +80,7 @@ def claim_row(run: Run, claim: Claim, experiment: ExperimentRun | None) -> dict[
         "ref": claim.ref,
         "kind": claim.kind,
         "statement": claim.statement,
+        "headline": claim.headline,
         "source": claim.source,
         "tag": claim.tag,
         "evidence": claim.evidence,

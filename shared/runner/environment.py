@@ -13,6 +13,8 @@ from typing import Any
 
 from shared.runner.paths import ROOT
 
+# Where the code is an export without its history, whoever exported it says which commit it is.
+COMMIT_VARIABLE = "PAPERCHECK_COMMIT"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "scipy", "wandb")
 
 
@@ -20,9 +22,12 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "scipy", "wa
 def environment() -> dict[str, Any]:
     """A JSON-like description of the code and the machine."""
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    dirty = bool(_output("git", "-C", str(ROOT), "status", "--porcelain")) if commit else None
+    if not commit and (exported := os.environ.get(COMMIT_VARIABLE)):
+        commit, dirty = exported, False
     return {
         "commit": commit,
-        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain")) if commit else None,
+        "dirty": dirty,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +43,22 @@ def load_paper(name: str) -> PaperPackage:
     claims_file = load_claims(PAPERS / name / "claims.yaml")
     module = importlib.import_module(f"papers.{name}.experiments")
     marked = [getattr(value, "__experiment__", None) for value in vars(module).values()]
-    experiments = tuple(entry for entry in marked if isinstance(entry, Experiment))
+    experiments = [entry for entry in marked if isinstance(entry, Experiment)]
     _check_coverage(name, claims_file, experiments)
-    return PaperPackage(name, PAPERS / name, claims_file, experiments)
+    experiments.sort(key=lambda entry: _cost(entry, claims_file))
+    return PaperPackage(name, PAPERS / name, claims_file, tuple(experiments))
 
 
-def _check_coverage(name: str, claims_file: ClaimsFile, experiments: tuple[Experiment, ...]) -> None:
+def _cost(entry: Experiment, claims_file: ClaimsFile) -> tuple[int, int]:
+    """Counted and modelled claims first, what is measured or trained last; among equals the order of claims.yaml."""
+    order = {claim.id: index for index, claim in enumerate(claims_file.claims)}
+    claims = claims_file.by_id()
+    ranks = {"exact": 0, "modelled": 0, "measured": 1, "trained": 2}
+    rank = max((ranks[claims[claim].evidence] for claim in entry.claims), default=0)
+    return rank, min((order[claim] for claim in entry.claims), default=len(order))
+
+
+def _check_coverage(name: str, claims_file: ClaimsFile, experiments: Sequence[Experiment]) -> None:
     owner: dict[str, str] = {}
     known = claims_file.by_id()
     for entry in experiments:

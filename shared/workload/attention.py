@@ -9,8 +9,6 @@ query heads' products and the bytes of the fewer key and value heads. The number
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from shared.workload.cost import Call, Cost, FullCost, register_rules, size_bytes
+from shared.workload.fused import Recorder, gradients
 
 FORWARD = "aten.scaled_dot_product_attention"
 BACKWARD = "aten.scaled_dot_product_attention_backward"
@@ -50,17 +49,9 @@ def backward_cost(
     per_score = 6 + (mask is not None) + mask_grad + 3 * (dropout_p > 0)
     read = sum(size_bytes(t) for t in (query, key, value, mask, out, logsumexp) if t is not None)
     read += out.numel() * out.element_size()  # gradient of the output
-    gradients = (query, key, value, mask) if mask_grad else (query, key, value)
-    written = sum(t.numel() * t.element_size() for t in gradients if t is not None)
+    results = (query, key, value, mask) if mask_grad else (query, key, value)
+    written = sum(t.numel() * t.element_size() for t in results if t is not None)
     return FullCost("attention", 2 * (3 * qk + 2 * pv), per_score * scores + 2 * out.numel(), read, written)
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """What attention needs of the trace: book a row, and run operators without booking them."""
-
-    record: Callable[[str, torch.dtype, FullCost], None]
-    paused: Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -111,17 +102,11 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, mask, out, logsumexp = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        with ctx.recorder.paused(), torch.enable_grad():
-            leaves: list[Any] = [
-                t if t is None else t.detach().requires_grad_(need)
-                for t, need in zip((query, key, value, mask), wanted, strict=True)
-            ]
-            again = ctx.options.run(*leaves)
-            found = torch.autograd.grad(again, [t for t, need in zip(leaves, wanted, strict=True) if need], grad)
+        with ctx.recorder.paused():
+            found = gradients(ctx.options.run, (query, key, value, mask), wanted, grad)
         cost = backward_cost(query, key, value, mask, out, logsumexp, ctx.options.dropout_p, mask_grad=wanted[3])
         ctx.recorder.record(BACKWARD, query.dtype, cost)
-        gradients = iter(found)
-        return None, None, *(next(gradients) if need else None for need in wanted)
+        return None, None, *found
 
 
 def fused_attention(
@@ -130,9 +115,8 @@ def fused_attention(
 ) -> torch.Tensor:  # fmt: skip
     """Takes the place of ``F.scaled_dot_product_attention`` (same arguments) during a trace."""
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    ):  # it casts here, and the casts are booked
+    # Autocast casts before the kernel, so the casts are booked.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         lower = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype is torch.float64 else t.to(lower) for t in (query, key, value))
     with recorder.paused():

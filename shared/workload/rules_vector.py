@@ -21,6 +21,7 @@ from shared.workload.cost import (
     register_rules,
     size_bytes,
 )
+from shared.workload.fused import rms_backward_operations, rms_operations
 
 # Operations per result element. A function unit call (exp, tanh, sigmoid, ...) is one operation.
 ELEMENTWISE = {
@@ -150,12 +151,10 @@ def _normalise(call: Call) -> Cost:
 
 
 def _rms_norm(call: Call) -> Cost:
-    """Square, add, scale; one more with a weight. Backward: x̂ 1, g·w 1, Σ gw·x̂ 2, dx 3; dw 2."""
     elements = call.arg("input").numel()
     if call.op.endswith("backward"):
-        for_input, for_weight = call.arg("output_mask")
-        return Cost("vector", vector_ops=elements * (7 * for_input + 2 * for_weight))
-    return Cost("vector", vector_ops=elements * (3 + (call.arg("weight") is not None)))
+        return Cost("vector", vector_ops=rms_backward_operations(elements, *call.arg("output_mask")))
+    return Cost("vector", vector_ops=rms_operations(elements, call.arg("weight") is not None))
 
 
 def _normalise_backward(call: Call) -> Cost:

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import UserError
 from shared.workload import rules_matmul, rules_memory, rules_vector  # noqa: F401  (they register their rules)
-from shared.workload.attention import Recorder, fused_attention
+from shared.workload.attention import fused_attention
 from shared.workload.cost import Call, FullCost, UnknownOperator, find_rule, operator_name, tensors_in
+from shared.workload.fused import Recorder, fused_rms_norm
 from shared.workload.modules import ModuleTracker
 from shared.workload.rules_memory import FREE
 from shared.workload.saved import SavedTracker
@@ -26,12 +27,16 @@ from shared.workload.table import Op, Phase, Workload
 Model = TypeVar("Model", bound=nn.Module)
 
 
+_NEEDS_VALUES = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+_ATTENTION, _RMS_NORM = F.scaled_dot_product_attention, (F.rms_norm, torch.rms_norm)
+
+
 class NeedsValues(UserError):
-    """The model asks for the values of a tensor that has none (meta device)."""
+    """The model does on the meta device what takes the values of a tensor (``nonzero``, ``item``, a boolean mask)."""
 
     def __init__(self, what: str, module: str) -> None:
         super().__init__(
-            f"{what} in module '{module or '(top level)'}' needs the values of a tensor, but tensors on the meta device have none: "
+            f"{what} in module '{module or '(top level)'}' cannot run on the meta device, where tensors have no values: "
             "trace the model on a real device, or rewrite this step with shapes that do not depend on the data"
         )  # fmt: skip
 
@@ -45,13 +50,13 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self.modules = modules
         self.ops: list[Op] = []
-        self._is_paused = False
+        self.is_paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_paused:
+        if self.is_paused:
             return func(*args, **kwargs)
         module, is_backward = self.modules.locate()
         if (rule := find_rule(func)) is not None:
@@ -74,7 +79,9 @@ class _Dispatch(TorchDispatchMode):
             return func(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
             on_meta = any(tensor.is_meta for tensor in tensors_in((*args, *kwargs.values())))
-            if on_meta and (isinstance(error, NotImplementedError) or _VALUES.intersection(func.tags)):
+            if on_meta and (
+                isinstance(error, NotImplementedError) or _NEEDS_VALUES.intersection(getattr(func, "tags", ()))
+            ):
                 raise NeedsValues(f"operator '{operator_name(func)}'", module) from error
             raise
 
@@ -90,38 +97,54 @@ class _Dispatch(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Operators run without being booked; what they save is not counted."""
-        before, self._is_paused = self._is_paused, True
+        before, self.is_paused = self.is_paused, True
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
                 yield
         finally:
-            self._is_paused = before
-
-
-_VALUES = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+            self.is_paused = before
 
 
 class _Functions(TorchFunctionMode):
-    """Sees calls above autograd: fused attention, and the parameters that operators use."""
+    """Sees calls above autograd: those that run as one kernel, and the parameters that operators use.
+
+    This mode is off inside torch functions that are written in Python, such as multi-head attention and ``backward`` (which recomputes
+    checkpoints), so the functions are replaced where they are looked up as well; the mode finds those that were imported by name. It
+    also keeps transformer layers off their inference path, whose operators fuse a whole layer and cannot be counted by part.
+    """
 
     def __init__(self, dispatch: _Dispatch) -> None:
         super().__init__()
-        self._modules = dispatch.modules
-        self._attention = partial(fused_attention, Recorder(dispatch.record, dispatch.paused))
+        self._dispatch = dispatch
+        recorder = Recorder(dispatch.record, dispatch.paused)
+        self._attention = partial(fused_attention, recorder)
+        self._rms_norm = partial(fused_rms_norm, recorder)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        return self._call(func, *args, **(kwargs or {}))
+
+    def _call(self, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if self._dispatch.is_paused:
+            return func(*args, **kwargs)
         for tensor in tensors_in((*args, *kwargs.values())):
             if isinstance(tensor, nn.Parameter):
-                self._modules.see_parameter(tensor)
-        if func is F.scaled_dot_product_attention:
+                self._dispatch.modules.see_parameter(tensor)
+        if func is _ATTENTION:
             return self._attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:  # this mode is off inside a torch function that is written in Python
-            with patch.object(F, "scaled_dot_product_attention", self._attention):
-                return func(*args, **kwargs)
+        if func in _RMS_NORM:
+            return self._rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """The mode, and the functions replaced in their modules."""
+        with ExitStack() as stack:
+            for place, name in ((F, "scaled_dot_product_attention"), (F, "rms_norm"), (torch, "rms_norm")):
+                stack.enter_context(patch.object(place, name, partial(self._call, getattr(place, name))))
+            stack.enter_context(self)
+            yield
 
 
 def _owner(model: Callable[..., Any]) -> nn.Module | None:
@@ -140,18 +163,13 @@ def _unchanged(model: Callable[..., Any], training: bool) -> Iterator[None]:
     buffers = [
         (b, b.clone()) for module in modules for b in module.buffers(recurse=False) if training and not b.is_meta
     ]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
         try:
             for module in modules:
                 module.training = training
-            torch.backends.mha.set_fastpath_enabled(
-                False
-            )  # its operators fuse whole layers and cannot be counted by part
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, flag in zip(modules, flags, strict=True):
                 module.training = flag
             with torch.no_grad():
@@ -167,7 +185,8 @@ def trace(model: Callable[..., Any], *inputs: Any, training: bool = False, **kwa
             parameters; a callable lists those that are used.
         inputs, kwargs: what the model takes. On the meta device no memory and no arithmetic is needed.
         training: a module runs in train mode and gradients are recorded, which fills ``saved``; a callable that runs a backward pass
-            needs it. Otherwise the module runs in eval mode, without gradients.
+            needs it. Otherwise the module runs in eval mode, without gradients. To keep the modes that modules are in (a frozen
+            batch norm, say) pass a callable: ``trace(lambda x: model(x), x, training=True)``.
 
     The modes, buffers and the random state are put back afterwards; what a callable changes itself (gradients, weights) stays.
 
@@ -182,7 +201,7 @@ def trace(model: Callable[..., Any], *inputs: Any, training: bool = False, **kwa
                 raise UserError(
                     f"the model is on the meta device, an input of shape {tuple(tensor.shape)} is not: move it there too"
                 )
-    tracker = ModuleTracker(root or _owner(model), lists_all=root is not None)
+    tracker = ModuleTracker(_owner(model) if root is None else root, lists_all=root is not None)
     dispatch = _Dispatch(tracker)
     saved = SavedTracker(tracker.persistent_storages, lambda: tracker.current)
     with ExitStack() as stack:
@@ -192,7 +211,7 @@ def trace(model: Callable[..., Any], *inputs: Any, training: bool = False, **kwa
             stack.enter_context(saved.hooks())
         stack.enter_context(tracker)
         stack.enter_context(dispatch)
-        stack.enter_context(_Functions(dispatch))
+        stack.enter_context(_Functions(dispatch).everywhere())
         try:
             model(*inputs, **kwargs)
         except (NotImplementedError, RuntimeError, TypeError) as error:

@@ -100,7 +100,7 @@ def test_controls_switch_the_idea_off(project: Project) -> None:
 
 def test_a_control_that_passes_is_a_red_line(project: Project) -> None:
     source = project.folder / "papers" / "toy" / "experiments.py"
-    source.write_text(source.read_text().replace("cfg.method.factor if cfg.method.on else 1.0", "2.0"))
+    source.write_text(source.read_text().replace("cfg.method.factor if cfg.method.enabled else 1.0", "2.0"))
     done = project.run(*QUIET, "control=true")
     assert claim(project.results(done), "speedup")["control"]["ok"] is False
     assert "control passed" in done.stdout.lower()
@@ -108,7 +108,7 @@ def test_a_control_that_passes_is_a_red_line(project: Project) -> None:
 
 def test_a_control_that_its_experiment_does_not_read_is_refused(project: Project) -> None:
     path = project.folder / "papers" / "toy" / "claims.yaml"
-    path.write_text(path.read_text().replace("method.on: false", "train.gain: 0.0"))
+    path.write_text(path.read_text().replace("method.enabled: false", "train.gain: 0.0"))
     done = project.run(*QUIET)
     assert done.returncode == 2
     assert "does not read" in done.stderr

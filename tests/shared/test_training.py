@@ -109,7 +109,9 @@ def test_no_temporary_files_stay(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"no checkpoint at all"])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"no checkpoint at all"]
+)
 def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     whole, _, _ = run(None)
     with pytest.raises(Killed):

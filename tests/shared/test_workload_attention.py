@@ -88,6 +88,13 @@ def test_a_mask_is_read_and_saved_as_it_is() -> None:
         assert masked.vector_ops - plain.vector_ops == B * H * L * S
 
 
+def test_the_function_is_found_when_it_was_imported_by_name() -> None:
+    original = F.scaled_dot_product_attention
+    assert names(trace(lambda q, k, v: original(q, k, v), *qkv())) == [FORWARD]
+    assert names(trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv())) == [FORWARD]
+    assert F.scaled_dot_product_attention is original
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_grouped_queries_share_keys_and_values(device: str) -> None:
     q, k, v = qkv(device, kv_heads=2)
@@ -149,6 +156,7 @@ def test_dropout_draws_the_same_mask_in_the_backward_pass() -> None:
     def step() -> None:
         out = F.scaled_dot_product_attention(q, q, v, dropout_p=0.5)
         kept.append(out.detach())
+        torch.rand(3)  # whatever is drawn in between
         out.backward(torch.eye(n)[None, None])
 
     trace(step, training=True)

@@ -70,6 +70,24 @@ def test_each_gradient_of_a_convolution_costs_the_forward_pass(layer: nn.Module,
     assert step(layer, x.detach()).macs == 2 * forward
 
 
+@pytest.mark.parametrize(
+    ("layer", "size", "per_element"),
+    [
+        (nn.LayerNorm(8), (4, 6, 8), 13),  # x̂ 2, g·w 1, two sums 3, dx 4; dw 2, db 1
+        (nn.LayerNorm(8, elementwise_affine=False), (4, 6, 8), 10),
+        (nn.BatchNorm1d(6), (4, 6, 8), 13),
+        (nn.GroupNorm(2, 6), (4, 6, 8), 13),
+        (nn.GELU(), (4, 6, 8), 11),
+        (nn.ReLU(), (4, 6, 8), 1),
+        (nn.Softmax(-1), (4, 6, 8), 4),
+    ],
+)
+def test_vector_operations_of_backward_passes(layer: nn.Module, size: tuple[int, ...], per_element: int) -> None:
+    layer, x = layer.to("meta"), torch.empty(size, device="meta", requires_grad=True)
+    work = trace(lambda: layer(x).backward(torch.empty(size, device="meta")), training=True)
+    assert work.by_phase()["backward"].vector_ops == per_element * x.numel()
+
+
 def test_convolution_backward_reads_what_it_needs() -> None:
     x, conv = torch.empty(2, 3, 8, 8, device="meta"), nn.Conv2d(3, 5, 3, padding=1, device="meta")
     gradient, weight = 4 * 2 * 5 * 64, 4 * 5 * 27
@@ -146,6 +164,18 @@ def test_saved_bytes_of_a_network_are_what_the_allocator_holds() -> None:
     assert saved - 4 * x.numel() == held  # softmax saves its result
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_saves_what_its_allocator_holds_and_gives_the_table_of_meta() -> None:
+    model, x = mlp(nn.GELU(), "cuda"), torch.randn(512, D, device="cuda")
+    model(x)  # workspaces of the first call
+    before = torch.cuda.memory_allocated()
+    result = model(x)
+    held = torch.cuda.memory_allocated() - before - 4 * result.numel()
+    assert trace(model, x, training=True).saved_bytes - 4 * x.numel() == held
+    meta = mlp(nn.GELU(), "meta")
+    assert step(model, x).ops == step(meta, x.to("meta")).ops
+
+
 def test_checkpointing_trades_memory_for_a_second_forward_pass() -> None:
     model = nn.Sequential(mlp(nn.GELU()))
     x = torch.randn(B, D, requires_grad=True)
@@ -172,6 +202,29 @@ def test_the_peak_is_that_of_one_step_when_each_step_frees_its_graph() -> None:
     one, three = train(1), train(3)
     assert three.saved_bytes == one.saved_bytes == 4 * (B * D + 2 * B * H)
     assert three.macs == 3 * one.macs
+    shrinking = trace(lambda: [model(x[:rows].clone()).sum().backward() for rows in (B, B // 2)], training=True)
+    assert shrinking.saved_bytes == one.saved_bytes
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.RMSNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_attention_and_norms_are_fused_too(device: str, use_reentrant: bool) -> None:
+    block, x = Block().to(device), torch.randn(2, 10, D, device=device, requires_grad=True)
+    work = step(lambda x: checkpoint(block, x, use_reentrant=use_reentrant), x)
+    names = [op.name for op in work.ops]
+    assert names.count("aten.scaled_dot_product_attention") == names.count("aten._fused_rms_norm") == 2
+    assert names.count("aten.scaled_dot_product_attention_backward") == 1
+    assert "aten.bmm" not in names
 
 
 def test_backward_operators_belong_to_the_module_that_made_the_node() -> None:

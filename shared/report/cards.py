@@ -1,0 +1,64 @@
+"""Tables of the README and of the cards, made from the reference results in ``results/<paper>/*.json``.
+
+``python -m shared.report.cards`` rewrites them; a test fails while they differ. Where several runs of a paper are kept, the one at
+reduced scale gives the table, and another run fills in what that machine could not test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+from shared.report.document import load_results
+from shared.report.format import machine
+from shared.report.markdown import claims_markdown, headlines_markdown, update_section
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_TESTED = "not tested"
+
+
+def merged_document(folder: Path) -> dict[str, Any]:
+    """The results of one paper as one document.
+
+    Raises:
+        UserError: the folder holds no run at reduced scale.
+    """
+    documents = [load_results(path) for path in sorted(folder.glob("*.json"))]
+    base = next((document for document in documents if document["scale"] == "reduced"), None)
+    if base is None:
+        raise UserError(f"{folder} holds no results at scale=reduced; run the paper and copy its results.json there")
+    others = [document for document in documents if document is not base]
+    return {**base, "claims": [_best(row, others) for row in base["claims"]]}
+
+
+def _best(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    if row["verdict"] != NOT_TESTED:
+        return row
+    for document in others:
+        for other in document["claims"]:
+            if other["id"] == row["id"] and other["verdict"] != NOT_TESTED:
+                return {**other, "evidence": f"{other['evidence']} ({document['scale']} scale, {machine(document)})"}
+    return row
+
+
+def sections() -> Iterator[tuple[Path, str, str]]:
+    """File, section and text of every generated table."""
+    documents = []
+    for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        document = merged_document(folder)
+        documents.append(document)
+        yield ROOT / "papers" / folder.name / "README.md", "table", claims_markdown(document)
+    yield ROOT / "README.md", "table", headlines_markdown(documents)
+
+
+def main() -> None:
+    """Rewrite every table that is out of date and say which."""
+    for path, name, text in sections():
+        if update_section(path, name, text):
+            print(f"updated {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

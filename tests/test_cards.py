@@ -1,0 +1,41 @@
+"""What people read first is made from results and claims, and is up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.claims import load_claims
+from shared.report.cards import ROOT, sections
+from shared.report.document import load_results
+from shared.runner.papers import paper_names
+
+RESULTS = sorted((ROOT / "results").glob("*/*.json"))
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    for path, name, text in sections():
+        content = path.read_text(encoding="utf-8")
+        between = content.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0]
+        assert between.strip() == text.strip(), f"{path.name}: run python -m shared.report.cards"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_committed_results_are_clean_and_of_todays_claims(path: Path) -> None:
+    document = load_results(path)
+    assert document["environment"]["commit"], "reference results name their commit"
+    assert document["environment"]["dirty"] is False, "reference results come from committed code"
+    claims = load_claims(ROOT / "papers" / document["paper"] / "claims.yaml").by_id()
+    assert {row["id"] for row in document["claims"]} <= set(claims)
+    for row in document["claims"]:
+        claim = claims[row["id"]]
+        stated = list(claim.value) if isinstance(claim.value, tuple) else claim.value
+        assert stated in (row["paper_value"], row["stated_value"]), f"{row['id']} was judged against another number"
+
+
+@pytest.mark.parametrize("name", paper_names())
+def test_every_paper_has_a_card_with_a_table(name: str) -> None:
+    card = (ROOT / "papers" / name / "README.md").read_text(encoding="utf-8")
+    assert "<!-- table:begin -->" in card
+    assert list((ROOT / "results" / name).glob("*.json")), "a card's table comes from committed results"
