@@ -12,7 +12,7 @@ from shared.experiment import Artifact, Context, Measurement, Plot, Result, Tabl
 
 @experiment(claims=["speedup"], config=["method"])
 def speed(cfg: Any, ctx: Context) -> Iterator[Result]:
-    factor = cfg.method.factor if cfg.method.on else 1.0
+    factor = cfg.method.factor if cfg.method.enabled else 1.0
     yield Measurement("speedup", ctx.published["baseline"] / (ctx.published["baseline"] / factor))
     yield Table("curve", "A curve", [{"n": n, "t": 1.0 / n} for n in (1, 2, 4)], Plot("line", "n", "t"))
 
