@@ -31,7 +31,9 @@ def load_cifar10(root: Path | str, *, train: bool, limit: int | None = None) -> 
     path = Path(root) / "cifar10-jpeg" / ("train.tar" if train else "test.tar")
     try:
         with tarfile.open(path) as archive:
-            members = sorted((m for m in archive.getmembers() if m.isfile() and m.name.endswith(".jpg")), key=lambda m: m.name)
+            members = sorted(
+                (m for m in archive.getmembers() if m.isfile() and m.name.endswith(".jpg")), key=lambda m: m.name
+            )
             classes = sorted({_class(m) for m in members})
             order = torch.randperm(len(members), generator=torch.Generator().manual_seed(0))[:limit].sort().values
             images = np.empty((len(order), 3, 32, 32), np.uint8)

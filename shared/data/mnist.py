@@ -25,5 +25,7 @@ def load_mnist(root: Path | str, *, train: bool, name: str = "MNIST") -> tuple[T
     try:
         data = getattr(datasets, name)(str(root), train=train, download=False)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"no readable {name} under {root}: put the four IDX files into {Path(root) / name / 'raw'}") from error
+        raise UserError(
+            f"no readable {name} under {root}: put the four IDX files into {Path(root) / name / 'raw'}"
+        ) from error
     return data.data.unsqueeze(1).float() / 255, data.targets.long()

@@ -19,7 +19,7 @@ from shared.experiment import Experiment, Measurement
 from shared.hardware.sensitivity import Uncertain, one_at_a_time
 from shared.judge import Situation, judge
 from shared.runner.context import RunContext
-from shared.runner.settings import Config, with_overrides
+from shared.runner.settings import Config
 from shared.verdict import Verdict
 
 ASSUMED_UNCERTAINTY = 0.1  # of a config value, which states none
@@ -42,30 +42,30 @@ def run_sensitivity(
     """
     chosen = [claim for claim in claims if claim.depends_on and isinstance(outcomes.get(claim.id), Measurement)]
     rows: dict[str, list[dict[str, Any]]] = {}
-    evaluations: dict[tuple[str, tuple[tuple[str, float], ...]], dict[str, Measurement]] = {}
+    samplers: dict[str, _Sampler] = {}
     with context.display.task("sensitivity", total=len(chosen)) as task:
         for number, claim in enumerate(chosen):
             verdict = judge(claim, outcomes[claim.id], situation).verdict
             if verdict not in (Verdict.NOT_TESTED, Verdict.ERROR):
                 entry = experiment_of(claim.id)
+                if entry.name not in samplers:
+                    samplers[entry.name] = _Sampler(config, entry, context)
+                for path in claim.depends_on:
+                    if path.split(".")[0] not in entry.config:
+                        raise UserError(f"claim '{claim.id}' depends on '{path}', which its experiment does not read")
                 figures = {path: _figure(config, path, claim.id) for path in claim.depends_on}
-                rows[claim.id] = _one_claim(config, entry, claim, context, situation, outcomes, figures, evaluations)
+                rows[claim.id] = _one_claim(claim, outcomes[claim.id], situation, figures, samplers[entry.name])
             task(number + 1)
     return rows
 
 
 def _one_claim(
-    config: Config,
-    entry: Experiment,
     claim: Claim,
-    context: RunContext,
+    nominal: Measurement,
     situation: Situation,
-    outcomes: Mapping[str, Any],
     figures: dict[str, tuple[Uncertain, str]],
-    evaluations: dict[Any, dict[str, Measurement]],
+    sampler: _Sampler,
 ) -> list[dict[str, Any]]:
-    nominal = outcomes[claim.id]
-
     def model(samples: Values) -> npt.NDArray[np.float64]:
         values = []
         for index in range(len(next(iter(samples.values())))):
@@ -74,8 +74,7 @@ def _one_claim(
                 for path, column in samples.items()
                 if not np.isclose(column[index], figures[path][0].value, rtol=1e-12)
             }
-            found = _evaluate(config, entry, context, moved, evaluations)
-            values.append(found[claim.id].value if claim.id in found else np.nan)
+            values.append(sampler(moved).get(claim.id, np.nan))
         return np.array(values)
 
     def same_verdict(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -104,31 +103,41 @@ def _moved(nominal: Measurement, value: float) -> Measurement:
     return Measurement(nominal.claim, float(value), model_error_rel=nominal.model_error_rel, n_seeds=nominal.n_seeds)
 
 
-def _evaluate(
-    config: Config,
-    entry: Experiment,
-    context: RunContext,
-    moved: Mapping[str, float],
-    evaluations: dict[Any, dict[str, Measurement]],
-) -> dict[str, Measurement]:
-    """All of an experiment's numbers with some figures moved; shared by the claims of the experiment."""
-    key = (entry.name, tuple(sorted(moved.items())))
-    if key not in evaluations:
-        overrides: dict[str, Any] = {}
-        for path, value in moved.items():
-            old = _node(config, path)
-            overrides[path] = (
-                _scaled(old, value)
-                if isinstance(old, Mapping)
-                else type(old)(round(value) if isinstance(old, int) else value)
-            )
-        changed = with_overrides(config, overrides, "sensitivity")
-        visible = OmegaConf.create({name: changed[name] for name in entry.config})
-        try:
-            evaluations[key] = {r.claim: r for r in entry.function(visible, context) if isinstance(r, Measurement)}
-        except UserError:  # a figure moved out of what the model can take
-            evaluations[key] = {}
-    return evaluations[key]
+class _Sampler:
+    """An experiment's numbers with some figures moved; each sample is evaluated once for all claims of the experiment."""
+
+    def __init__(self, config: Config, entry: Experiment, context: RunContext) -> None:
+        self._config, self._entry, self._context = config, entry, context
+        self._visible = OmegaConf.create({name: config[name] for name in entry.config})
+        self._known: dict[tuple[tuple[str, float], ...], dict[str, float]] = {}
+
+    def __call__(self, moved: Mapping[str, float]) -> dict[str, float]:
+        """Claim id -> value; empty where a figure was moved out of what the model can take."""
+        key = tuple(sorted(moved.items()))
+        if key not in self._known:
+            before = {path: _node(self._config, path) for path in moved}
+            for path, value in moved.items():
+                old = before[path]
+                OmegaConf.update(
+                    self._visible,
+                    path,
+                    _scaled(old, value) if isinstance(old, Mapping) else _like(old, value),
+                    merge=False,
+                )
+            try:
+                results = self._entry.function(self._visible, self._context)
+                self._known[key] = {r.claim: r.value for r in results if isinstance(r, Measurement)}
+            except (UserError, ArithmeticError, ValueError):
+                self._known[key] = {}
+            finally:
+                for path, old in before.items():
+                    OmegaConf.update(self._visible, path, old, merge=False)
+        return self._known[key]
+
+
+def _like(old: float, value: float) -> float:
+    """A whole number stays one, and positive."""
+    return max(1, round(value)) if isinstance(old, int) else value
 
 
 def _scaled(figure: Mapping[str, Any], value: float) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from shared.errors import UserError
 
 
 def _idx(path: Path, array: np.ndarray) -> None:
-    path.write_bytes(struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+    path.write_bytes(
+        struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    )
 
 
 def test_mnist_from_idx_files(tmp_path: Path) -> None:

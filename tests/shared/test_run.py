@@ -114,6 +114,17 @@ def test_a_control_that_its_experiment_does_not_read_is_refused(project: Project
     assert "does not read" in done.stderr
 
 
+def test_sensitivity_says_what_flips_a_verdict(project: Project) -> None:
+    """The toy's speed-up is its factor: 2.0 within 1 % is replicated, so a move of 1 % flips the verdict."""
+    document = project.results(project.run(*QUIET, "sensitivity=true", "claims=[speedup,accuracy]"))
+    (row,) = claim(document, "speedup")["sensitivity"]
+    assert row["figure"] == "method.factor"
+    assert row["nominal"] == 2.0
+    assert (row["value_low"], row["value_high"]) == pytest.approx((1.8, 2.2))
+    assert row["flip_factor"] == pytest.approx(0.99, abs=1e-6) or row["flip_factor"] == pytest.approx(1.01, abs=1e-6)
+    assert claim(document, "accuracy")["sensitivity"] is None
+
+
 def test_strict_and_smoke(project: Project) -> None:
     assert project.run(*QUIET, "method.factor=0.5").returncode == 0
     assert project.run(*QUIET, "method.factor=0.5", "strict=true").returncode == 1

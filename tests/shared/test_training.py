@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,11 +166,41 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path) -> None:
     assert_same_weights(expected, model)
 
 
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
 def test_a_checkpoint_is_data_not_code(tmp_path: Path) -> None:
-    torch.save({"model": small_model()}, tmp_path / CHECKPOINT)  # a pickled class: must not be executed
+    torch.save({"model": Trap(tmp_path / "sprung")}, tmp_path / CHECKPOINT)
     _, result, seen = run(tmp_path)
     assert seen[0] == 0
     assert result.notes
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_seconds_add_up_over_steps_and_attempts(tmp_path: Path) -> None:
+    def nap(kill_at: int | None) -> FitResult:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+        def loss(step: int) -> Tensor:
+            if step == kill_at:
+                raise Killed
+            time.sleep(0.01)
+            return model(torch.ones(1, 1)).sum()
+
+        return fit(model, optimizer, schedule, loss, steps=6, seed=0, workdir=tmp_path, checkpoint_every_s=0.0)
+
+    with pytest.raises(Killed):
+        nap(kill_at=4)
+    assert nap(kill_at=None).seconds >= 0.06
 
 
 def test_a_loss_that_is_not_finite_names_step_and_seed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
@@ -42,9 +44,15 @@ def device_of(cfg: Any) -> Device:
     """The run's device."""
     from omegaconf import OmegaConf
 
+    return _device(json.dumps(OmegaConf.to_container(cfg.device), sort_keys=True))
+
+
+@lru_cache(maxsize=4096)
+def _device(text: str) -> Device:
+    """A sensitivity run asks for the same device many times."""
     from shared.hardware.device import load_device
 
-    return load_device(OmegaConf.to_container(cfg.device))  # type: ignore[arg-type]
+    return load_device(json.loads(text))
 
 
 def accelerator_of(cfg: Any) -> Accelerator:
