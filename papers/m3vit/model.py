@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ def preset(size: str, image: tuple[int, int], **changes: Any) -> ViTConfig:
     """The paper's ``tiny``, ``small``, ``base``, or our ``micro`` at an image size, with fields of :class:`ViTConfig` replaced."""
     if size not in _PRESETS:
         raise unknown("model size", size, _PRESETS)
-    return replace(ViTConfig(image, **_PRESETS[size]), **changes)
+    fields: dict[str, Any] = {"image": image, **_PRESETS[size], **changes}
+    return ViTConfig(**fields)
 
 
 class Attention(nn.Module):
@@ -169,7 +170,9 @@ class Backbone(nn.Module):
             return Mlp(config.dim, config.mlp_ratio * config.dim)
         experts = Experts(config.dim, config.expert_hidden or config.dim, config.num_experts)
         if embedding is not None:
-            return MoE(experts, TaskConditionedRouter(config.dim, config.num_experts, embedding), config.top_k, config.noise)
+            return MoE(
+                experts, TaskConditionedRouter(config.dim, config.num_experts, embedding), config.top_k, config.noise
+            )
         router = Router(config.dim, config.num_experts, num_tasks if config.router == "multi" else 1)
         return MoE(experts, router, config.top_k, config.noise)
 
@@ -229,7 +232,9 @@ class Decoder(nn.Module):
 
     def features(self, tokens: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Tokens (B, T, D), class token first -> the features after each stage, at 1/patch, 2/patch, … 1/2 of the image side."""
-        x = self.norm(tokens[:, 1:]).unflatten(1, grid).permute(0, 3, 1, 2)  # channels last: no copy, faster convolutions
+        x = (
+            self.norm(tokens[:, 1:]).unflatten(1, grid).permute(0, 3, 1, 2)
+        )  # channels last: no copy, faster convolutions
         stages: list[Tensor] = []
         for conv, bn in zip(self.convs, self.bns, strict=True):
             stages.append(F.relu(bn(conv(double_resolution(stages[-1]) if stages else x))))
@@ -251,6 +256,7 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         self.config = config
         self.tasks = tuple(tasks)
+        self.decoder_width = decoder_width
         self.backbone = Backbone(config, len(tasks))
         self.decoders = nn.ModuleDict(
             {task: Decoder(config.dim, decoder_width, config.patch, channels) for task, channels in tasks.items()}
@@ -276,6 +282,17 @@ class MultiTaskModel(nn.Module):
         x, routings = self.backbone(images, [self.tasks.index(name) for name in names])
         rows = x.split(len(images)) if self.backbone.depends_on_task else [x] * len(names)
         return dict(zip(names, rows, strict=True)), routings
+
+    def decoder_stages(self, tokens: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Tokens of each task -> features after each stage of its decoder; see :meth:`Decoder.features`."""
+        return {task: self._decoder(task).features(x, self.config.grid) for task, x in tokens.items()}
+
+    def predict(self, stages: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """Stages of each task's decoder -> its prediction (B, C, H, W)."""
+        return {task: self._decoder(task).predict(features[-1]) for task, features in stages.items()}
+
+    def _decoder(self, task: str) -> Decoder:
+        return cast(Decoder, self.decoders[task])
 
 
 def initialise(model: nn.Module, seed: int) -> None:

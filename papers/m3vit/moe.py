@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from papers.m3vit.dispatch import combine, lay_out, sort_by_expert
 from shared.errors import unknown
 
 
@@ -25,7 +24,11 @@ class Routing(NamedTuple):
     probs: Tensor  # (G, S, N) softmax over all experts
     gates: Tensor  # (G, S, K) the K largest of them, not renormalised
     experts: Tensor  # (G, S, K) int64, best first
-    load: Tensor  # (G, N) tokens per expert; with router noise the expectation, which has a gradient
+    load: Tensor | None  # (G, N) expected tokens per expert under router noise; None without noise
+
+    def counts(self) -> Tensor:
+        """Tokens per expert (G, N)."""
+        return _sum_by_expert(torch.ones_like(self.gates), self.experts, self.probs.shape[-1])
 
 
 def route(logits: Tensor, top_k: int, noise_std: float = 0.0) -> Routing:
@@ -38,13 +41,12 @@ def route(logits: Tensor, top_k: int, noise_std: float = 0.0) -> Routing:
     noisy = logits + noise_std * torch.randn_like(logits) if noise_std > 0 else logits
     probs = noisy.softmax(-1)
     gates, experts = probs.topk(top_k, dim=-1)
+    load = None
     if noise_std > 0 and top_k < num_experts:
         ranked = noisy.topk(top_k + 1, dim=-1).values
         kth, next_one = ranked[..., top_k - 1 : top_k], ranked[..., top_k : top_k + 1]
         threshold = torch.where(noisy > next_one, next_one, kth)
         load = torch.special.ndtr((logits - threshold) / noise_std).sum(1)
-    else:
-        load = _sum_by_expert(torch.ones_like(gates), experts, num_experts)
     return Routing(probs, gates, experts, load)
 
 
@@ -59,9 +61,13 @@ def cv_squared(z: Tensor) -> Tensor:
 
 
 def balance_loss(routing: Routing) -> Tensor:
-    """CV²(importance) + CV²(load), summed over groups; importance is the sum of the gates that an expert received."""
+    """CV²(importance) + CV²(load), summed over groups; importance is the sum of the gates that an expert received.
+
+    Without noise the load is the number of tokens, which has no gradient: only importance trains then.
+    """
+    load = routing.counts() if routing.load is None else routing.load
     importance = _sum_by_expert(routing.gates, routing.experts, routing.probs.shape[-1])
-    return (cv_squared(importance) + cv_squared(routing.load)).sum()
+    return (cv_squared(importance) + cv_squared(load)).sum()
 
 
 class Router(nn.Module):
@@ -94,14 +100,14 @@ class TaskEmbedding(nn.Module):
 
     def __init__(self, num_tasks: int, dim: int = 64) -> None:
         super().__init__()
-        self.num_tasks = num_tasks
+        self.num_tasks, self.dim = num_tasks, dim
         self.mlp = nn.Sequential(nn.Linear(num_tasks, dim), nn.GELU(), nn.Linear(dim, dim), nn.ReLU())
 
     def forward(self, tasks: Sequence[int]) -> Tensor:
         """Task vectors (G, 64)."""
-        weight = self.mlp[0].weight
-        one_hot = F.one_hot(torch.tensor(tasks, device=weight.device), self.num_tasks)
-        vectors: Tensor = self.mlp(one_hot.to(weight.dtype))
+        parameter = next(self.parameters())
+        one_hot = torch.eye(self.num_tasks, dtype=parameter.dtype, device=parameter.device)[list(tasks)]
+        vectors: Tensor = self.mlp(one_hot)
         return vectors
 
 
@@ -112,7 +118,7 @@ class TaskConditionedRouter(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.weight = nn.Parameter(torch.empty(dim, num_experts))
-        self.task_weight = nn.Parameter(torch.empty(embedding.mlp[0].out_features, num_experts))
+        self.task_weight = nn.Parameter(torch.empty(embedding.dim, num_experts))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -127,116 +133,6 @@ class TaskConditionedRouter(nn.Module):
         if tasks is None:
             return logits
         return logits + (self.embedding(tasks) @ self.task_weight)[:, None]
-
-
-class Queues(NamedTuple):
-    """Token-expert pairs (numbered token·K + slot) sorted by expert."""
-
-    order: Tensor  # (S·K,) pair at each sorted place
-    place: Tensor  # (S·K,) sorted place of each pair
-    expert: Tensor  # (S·K,) expert at each sorted place
-    ends: Tensor  # (N,) int32, end of each expert's queue
-
-
-def sort_by_expert(index: Tensor, num_experts: int) -> Queues:
-    """Queues of the choice ``index`` (S, K); within a queue, tokens keep their order."""
-    flat = index.flatten()
-    if index.device.type == "cpu":  # NumPy's radix sort of small integers is 15 times faster than torch.argsort
-        small = np.uint8 if num_experts <= 256 else np.uint16 if num_experts <= 65536 else np.int64
-        order = torch.from_numpy(np.argsort(flat.numpy().astype(small), kind="stable"))
-    else:
-        order = flat.argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(flat), device=index.device))
-    expert = flat.index_select(0, order)
-    ends = torch.searchsorted(expert, torch.arange(num_experts, device=index.device), right=True, out_int32=True)
-    return Queues(order, place, expert, ends)
-
-
-def _sum_rows(table: Tensor, index: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Rows ``table[index]`` (S, K, D), weighted (S, K), summed over K: (S, D)."""
-    if table.device.type == "meta":  # operators that any counter knows
-        rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
-        return (rows if weight is None else rows * weight[..., None]).sum(1)
-    return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")  # one pass, 10 times faster on a CPU
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copies tokens (S, D) into the queues (S·K, D). The gradient is a sum of gathered rows, where autograd would scatter."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, tokens: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.index_select(0, tokens)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _sum_rows(grad.contiguous(), place), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Sums each token's rows of the queues (S·K, D), weighted with its gates (S, K): (S, D)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, gates: Tensor, tokens: Tensor, place: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(y, gates, tokens, place, order)
-        return _sum_rows(y, place, gates)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        y, gates, tokens, place, order = ctx.saved_tensors  # type: ignore[attr-defined]
-        spread = grad.index_select(0, tokens)
-        grad_gates = torch.linalg.vecdot(y, spread).index_select(0, place.flatten()).view_as(gates)
-        return spread * gates.flatten().index_select(0, order)[:, None], grad_gates, None, None, None
-
-
-class _QueuedLinear(torch.autograd.Function):
-    """A linear layer per queue: rows of ``x`` (M, in) times ``weight`` (N, out, in), written in place, nothing padded."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts  # type: ignore[attr-defined]
-        out = x.new_empty(len(x), weight.shape[1])
-        for x_e, out_e, weight_e, bias_e in zip(x.split(counts), out.split(counts), weight, bias, strict=True):
-            torch.addmm(bias_e, x_e, weight_e.t(), out=out_e)
-        return out
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        counts: list[int] = ctx.counts  # type: ignore[attr-defined]
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[:2])
-        parts = zip(x.split(counts), grad.split(counts), grad_x.split(counts), range(len(counts)), strict=True)
-        for x_e, grad_e, grad_x_e, e in parts:
-            torch.mm(grad_e, weight[e], out=grad_x_e)
-            torch.mm(grad_e.t(), x_e, out=grad_weight[e])
-            torch.sum(grad_e, 0, out=grad_bias[e])
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _balanced_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same cost with static shapes, for meta tensors, which carry no routing: queues as equal as M rows over N experts allow."""
-    short, longer = divmod(len(x), len(weight))
-    parts = []
-    for rows, first, last in ((short + 1, 0, longer), (short, longer, len(weight))):
-        if rows and first < last:
-            queue = x[: rows * (last - first)].view(last - first, rows, -1)
-            product = torch.baddbmm(bias[first:last, None], queue, weight[first:last].transpose(1, 2))
-            parts.append(product.view(-1, weight.shape[1]))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def queued_linear(x: Tensor, weight: Tensor, bias: Tensor, queues: Queues) -> Tensor:
-    """Rows ``x`` (M, in), sorted into queues, times their expert's ``weight`` (N, out, in) plus ``bias`` (N, out): (M, out)."""
-    if x.device.type == "meta":
-        return _balanced_linear(x, weight, bias)
-    if x.device.type == "cuda" and x.dtype != torch.float64:  # one launch; queue lengths never leave the device
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=queues.ends) + bias[queues.expert]
-    return _QueuedLinear.apply(x, weight, bias, queues.ends.diff(prepend=queues.ends.new_zeros(1)).tolist())
 
 
 class Experts(nn.Module):
@@ -281,12 +177,8 @@ class Experts(nn.Module):
 
     def grouped(self, x: Tensor, gates: Tensor, index: Tensor) -> Tensor:
         """The reordering with one sort, one grouped product per layer, and one gather back: for speed."""
-        queues = sort_by_expert(index, len(self.weight1))
-        tokens, place = queues.order // index.shape[-1], queues.place.view_as(index)
-        hidden = F.gelu(queued_linear(_Dispatch.apply(x, tokens, place), self.weight1, self.bias1, queues))
-        y = queued_linear(hidden, self.weight2, self.bias2, queues)
-        out: Tensor = _Combine.apply(y, gates, tokens, place, queues.order)
-        return out
+        rows = lay_out(index, len(self.weight1), x)
+        return combine(rows.mlp(x, (self.weight1, self.bias1, self.weight2, self.bias2)), gates, rows)
 
 
 ORDERS: dict[str, Callable[[Experts, Tensor, Tensor, Tensor], Tensor]] = {

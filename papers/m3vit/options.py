@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from shared.errors import UserError
 
@@ -24,7 +32,9 @@ class ModelOptions(_Options):
     num_experts: PositiveInt = 16
     top_k: PositiveInt = 4
     noise: NonNegativeFloat = 0.0  # σ of the router noise
-    scale_experts: bool = False  # start W2, b2 of the experts N/K times larger, so that a flat router (gates 1/N) halves no signal
+    scale_experts: bool = (
+        False  # start W2, b2 of the experts N/K times larger, so that a flat router (gates 1/N) halves no signal
+    )
 
 
 class TrainOptions(_Options):

@@ -142,8 +142,10 @@ def render(seed: int, image: tuple[int, int], panels: tuple[int, int] = (1, 3)) 
 
 
 def _camera(rng: np.random.Generator) -> Camera:
-    fov, height, pitch, yaw = np.radians(rng.uniform(50, 70)), rng.uniform(1.2, 1.8), *np.radians(
-        [rng.uniform(-20, -5), rng.uniform(-25, 25)]
+    fov, height, pitch, yaw = (
+        np.radians(rng.uniform(50, 70)),
+        rng.uniform(1.2, 1.8),
+        *np.radians([rng.uniform(-20, -5), rng.uniform(-25, 25)]),
     )
     forward = np.array([np.sin(yaw) * np.cos(pitch), np.sin(pitch), np.cos(yaw) * np.cos(pitch)])
     right = np.array([np.cos(yaw), 0.0, -np.sin(yaw)])

@@ -7,8 +7,8 @@ wherever names and shapes coincide, so that their difference can be taken pair b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ def build(router: str, tasks: Sequence[str], shape: ModelOptions, image: int, se
     if shape.scale_experts:
         with torch.no_grad():
             for layer in _moe_layers(net):
-                layer.experts.weight2 *= shape.num_experts / shape.top_k
-                layer.experts.bias2 *= shape.num_experts / shape.top_k
+                layer.experts.weight2.mul_(shape.num_experts / shape.top_k)
+                layer.experts.bias2.mul_(shape.num_experts / shape.top_k)
     return net
 
 
@@ -177,10 +177,11 @@ def routing_statistics(model: MultiTaskModel, batches: Batches) -> dict[str, Any
         _, routings = model.encode(images)
         num_batches += 1
         for layer, routing in enumerate(routings):
+            counts = routing.counts()
             if len(usage) <= layer:
-                usage.append(torch.zeros_like(routing.load))
-                gate_sum.append(torch.zeros(len(routing.load)))
-            usage[layer] += routing.load / routing.load.sum(1, keepdim=True)
+                usage.append(torch.zeros_like(counts))
+                gate_sum.append(torch.zeros(len(counts)))
+            usage[layer] += counts / counts.sum(1, keepdim=True)
             gate_sum[layer] += routing.gates.sum(-1).mean(1)
     return {
         "usage": [(layer / num_batches).tolist() for layer in usage],
@@ -258,25 +259,26 @@ def _train(
     for task in options.loss_weights:
         if task not in LOSS_WEIGHTS:
             raise unknown("task in train.loss_weights", task, LOSS_WEIGHTS)
-    modules = nn.ModuleDict({"net": net})
+    tam: TAM | None = None
     if options.distillation:
         channels = {task: SYNTHROOM_TASKS[task] for task in net.tasks}
-        first = net.decoders[net.tasks[0]]
-        tam = TAM(channels, first.head.in_channels, options.distillation, len(first.convs))
+        tam = TAM(channels, net.decoder_width, options.distillation, net.config.patch.bit_length() - 1)
         initialise(tam, seed)
-        modules["tam"] = tam
 
     def loss(step: int) -> Tensor:
         images, targets = batches(step)
-        features, routings = net.encode(images)
-        stages = {task: net.decoders[task].features(tokens, net.config.grid) for task, tokens in features.items()}
-        predictions = {task: net.decoders[task].predict(stage[-1]) for task, stage in stages.items()}
-        total = total_loss(predictions, targets, weights)
-        if "tam" in modules:
-            for distilled in modules["tam"](stages, net.config.image):
+        if tam is None:
+            predictions, routings = net.forward_with_routing(images)
+            total = total_loss(predictions, targets, weights)
+        else:
+            tokens, routings = net.encode(images)
+            stages = net.decoder_stages(tokens)
+            total = total_loss(net.predict(stages), targets, weights)
+            for distilled in tam(stages, net.config.image):
                 total = total + total_loss(distilled, targets, weights)
         return total + _balance(routings, options.balance_weight) if routings else total
 
+    modules = nn.ModuleList([net] if tam is None else [net, tam])
     return _fit(modules, loss, options.steps, options, seed, workdir, report)
 
 
@@ -309,4 +311,4 @@ def _pretrain(
 def _subsample(losses: NDArray[np.float64], points: int = 50) -> list[list[float]]:
     """At most ``points`` entries [steps done, mean loss since the entry before]."""
     ends = np.unique(np.linspace(0, len(losses), min(points, len(losses)) + 1).round().astype(int))
-    return [[int(end), float(losses[start:end].mean())] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [[int(end), float(losses[start:end].mean())] for start, end in pairwise(ends)]

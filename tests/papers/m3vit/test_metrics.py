@@ -110,9 +110,7 @@ def test_metrics_of_nothing_are_errors() -> None:
         ((44.2, 0.570), (43.9, 0.585), 1.624),  # Cross-Stitch
     ],
 )
-def test_delta_m_of_the_published_rows(
-    values: tuple[float, ...], baseline: tuple[float, ...], expected: float
-) -> None:
+def test_delta_m_of_the_published_rows(values: tuple[float, ...], baseline: tuple[float, ...], expected: float) -> None:
     tasks = PASCAL if len(values) == 5 else ("semseg", "depth")
     ours, theirs = dict(zip(tasks, values, strict=True)), dict(zip(tasks, baseline, strict=True))
     assert round(delta_m(ours, theirs), 3) == expected

@@ -64,7 +64,8 @@ def test_decoder_parameters(channels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "router", "gmacs"), [(PASCAL, "none", 31.749), (PASCAL, "multi", 31.787), (NYUD, "none", 39.149), (NYUD, "multi", 39.193)]
+    ("image", "router", "gmacs"),
+    [(PASCAL, "none", 31.749), (PASCAL, "multi", 31.787), (NYUD, "none", 39.149), (NYUD, "multi", 39.193)],
 )
 def test_encoder_operations(image: tuple[int, int], router: str, gmacs: float) -> None:
     backbone = small(image, router, 5)
@@ -101,16 +102,32 @@ def test_single_task_request_runs_one_router_and_one_decoder() -> None:
         assert list(outputs) == tasks
     assert round(flops[1] / 2e9, 2) == round(31.787 + 51.99, 2)
     # five passes would be 5·31.787 G; patch embedding, block 0 and the attention of block 1 are shared: 17.3 G less
-    decoders = sum(1024 * 64 * 256 * c for c in PASCAL_TASKS.values()) + 5 * (1024 * 9 * 384 * 256 + 84 * 1024 * 9 * 256**2)
+    decoders = sum(1024 * 64 * 256 * c for c in PASCAL_TASKS.values()) + 5 * (
+        1024 * 9 * 384 * 256 + 84 * 1024 * 9 * 256**2
+    )
     assert round((5 * 31.7868 - (flops[5] / 2 - decoders) / 1e9), 1) == 17.3
 
 
-def test_dense_model_encodes_once_for_all_tasks() -> None:
+@pytest.mark.parametrize(("router", "gmacs"), [("none", 290.50), ("single", 290.54)])
+def test_models_without_task_routing_encode_once_for_all_tasks(router: str, gmacs: float) -> None:
     with torch.device("meta"):
-        model = MultiTaskModel(preset("small", PASCAL, router="none"), PASCAL_TASKS).eval()
+        model = MultiTaskModel(preset("small", PASCAL, router=router), PASCAL_TASKS).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, *PASCAL, device="meta"))
-    assert round(counter.get_total_flops() / 2e9, 1) == 290.5
+    assert round(counter.get_total_flops() / 2e9, 2) == gmacs
+
+
+def test_decoder_drops_the_class_token_and_keeps_the_grid() -> None:
+    decoder = micro("none").decoders["semseg"]
+    tokens = torch.randn(1, 43, 16, dtype=torch.float64)
+    with torch.no_grad():
+        plain = decoder(tokens, (6, 7))
+        other_class = torch.cat([torch.randn(1, 1, 16, dtype=torch.float64), tokens[:, 1:]], 1)
+        assert torch.equal(decoder(other_class, (6, 7)), plain)
+        tokens[:, 1 + 7 * 5 + 6] += torch.randn(16, dtype=torch.float64)  # row 5, column 6: the lower right corner
+        change = (decoder(tokens, (6, 7)) - plain).abs().sum(1)[0]
+    assert change[-4:, -4:].min() > 0
+    assert change[:24, :24].max() == 0  # three tokens away, beyond what the convolutions reach
 
 
 @pytest.mark.parametrize("router", ["none", "single", "multi", "task_cond"])
@@ -167,6 +184,7 @@ def test_weights_of_equal_name_and_shape_are_equal_across_arms() -> None:
     shared = [n for n in dense if n in multi and dense[n].shape == multi[n].shape]
     assert {"backbone.blocks.0.mlp.fc1.weight", "decoders.edge.head.weight", "backbone.position"} <= set(shared)
     assert all(torch.equal(dense[n], multi[n]) for n in shared)
+    assert not torch.equal(dense["backbone.blocks.0.mlp.fc1.weight"], dense["backbone.blocks.2.mlp.fc1.weight"])
     other = micro("none", seed=1).state_dict()
     assert not torch.equal(other["backbone.position"], dense["backbone.position"])
 

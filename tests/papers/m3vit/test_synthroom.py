@@ -86,6 +86,29 @@ def test_labels_lie_where_the_geometry_says(seed: int) -> None:
 
 @given(seeds)
 @settings(max_examples=25, deadline=None)
+def test_neighbours_on_a_flat_face_differ_at_right_angles_to_its_normal(seed: int) -> None:
+    scene = render(seed, (32, 32))
+    points, normals = world_points(scene), world_normals(scene)
+    for axis in (0, 1):
+        step = np.diff(points, axis=axis)
+        here = normals[:-1] if axis == 0 else normals[:, :-1]
+        same = np.diff(scene.surface.astype(int), axis=axis) == 0
+        flat = same & (np.abs(np.diff(normals, axis=axis)).max(-1) < 1e-6)
+        assert flat.sum() > 500
+        np.testing.assert_allclose(np.sum(step * here, -1)[flat], 0.0, atol=1e-4)
+
+
+def test_the_salient_object_is_the_one_of_the_oddest_colour() -> None:
+    surface = np.zeros((64, 64), np.uint8)
+    objects = [0.1, 0.2, 0.9, 5.0]  # grey levels; the means of the others are far from 0.9, whatever is not visible
+    for number, pixels in enumerate([20, 20, 12, 11]):  # the last is too small to be salient, and to count
+        surface[10 * number, :pixels] = synthroom._OBJECT_ID + number
+    mask = synthroom._salient(surface, np.array(objects)[:, None].repeat(3, 1))
+    assert np.array_equal(mask.astype(bool), surface == synthroom._OBJECT_ID + 2)
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
 def test_parts_refine_objects_and_saliency_is_one_object(seed: int) -> None:
     scene = render(seed, (32, 32))
     kinds = {
@@ -187,7 +210,12 @@ def test_targets_have_the_shapes_that_the_losses_take() -> None:
     images, targets = next(iter(Batches(scenes(range(3), (16, 24)), 2, seed=0)))
     assert images.shape == (2, 3, 16, 24)
     assert {name: tuple(t.shape[1:]) for name, t in targets.items()} == {
-        "semseg": (16, 24), "parts": (16, 24), "sal": (1, 16, 24), "normals": (3, 16, 24), "edge": (1, 16, 24), "depth": (1, 16, 24)
+        "semseg": (16, 24),
+        "parts": (16, 24),
+        "sal": (1, 16, 24),
+        "normals": (3, 16, 24),
+        "edge": (1, 16, 24),
+        "depth": (1, 16, 24),
     }
     assert targets["semseg"].dtype == torch.int64
 
