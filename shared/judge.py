@@ -75,9 +75,8 @@ def judge(claim: Claim, outcome: Measurement | NotTested | Failure, situation: S
             Verdict.NOT_TESTED, f"a trained claim needs {MIN_SEEDS} seeds or more, this run has {outcome.n_seeds}"
         )
 
-    suspicious = _is_suspicious(claim, outcome.value)
     judgement = _compare(claim, outcome, low, high, situation)
-    if suspicious:
+    if not _incomparable(claim, situation) and _is_suspicious(claim, outcome.value):
         warning = "the effect is far larger than the paper's: look for a mistake before believing it"
         return Judgement(judgement.verdict, "; ".join(part for part in (judgement.reason, warning) if part), True)
     return judgement
@@ -103,11 +102,8 @@ def _compare(claim: Claim, outcome: Measurement, low: float, high: float, situat
 
 def _cap(claim: Claim, outcome: Measurement, situation: Situation) -> str:
     """Why the size of an agreeing number proves less than it seems, or an empty string."""
-    if situation.scale not in claim.size_comparable_at:
-        return f"the size cannot be compared with the paper's at scale={situation.scale}"
-    device = claim.conditions.get("device")
-    if claim.evidence in ("modelled", "measured") and device and device != situation.device:
-        return f"the paper's size is for {device}, this one for {situation.device}"
+    if reason := _incomparable(claim, situation):
+        return reason
     if claim.evidence == "modelled" and claim.relation != "ordering":
         error = outcome.model_error_rel
         if error is None:
@@ -115,6 +111,16 @@ def _cap(claim: Claim, outcome: Measurement, situation: Situation) -> str:
         tolerance = claim.tolerance.relative(_nearest_target(claim, outcome.value)) if claim.tolerance else 0.0
         if tolerance < error:
             return f"the tolerance ({tolerance:.2g}) is smaller than the model's own error ({error:.2g})"
+    return ""
+
+
+def _incomparable(claim: Claim, situation: Situation) -> str:
+    """Why our size and the paper's are of different things, or an empty string."""
+    if situation.scale not in claim.size_comparable_at:
+        return f"the size cannot be compared with the paper's at scale={situation.scale}"
+    device = claim.conditions.get("device")
+    if claim.evidence in ("modelled", "measured") and device and device != situation.device:
+        return f"the paper's size is for {device}, this one for {situation.device}"
     return ""
 
 

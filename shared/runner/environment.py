@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "num_cores": num_cores(),
-        "gpu": gpu_names(),
+        "gpu": ", ".join(gpu_names()) or None,
     }
 
 
