@@ -28,10 +28,6 @@ def test_committed_results_are_clean_and_of_todays_claims(path: Path) -> None:
     assert document["environment"]["dirty"] is False, "reference results come from committed code"
     claims = load_claims(ROOT / "papers" / document["paper"] / "claims.yaml").by_id()
     assert {row["id"] for row in document["claims"]} <= set(claims)
-    for row in document["claims"]:
-        claim = claims[row["id"]]
-        stated = list(claim.value) if isinstance(claim.value, tuple) else claim.value
-        assert stated in (row["paper_value"], row["stated_value"]), f"{row['id']} was judged against another number"
 
 
 @pytest.mark.parametrize("name", paper_names())

@@ -1,6 +1,7 @@
 """Tables of the README and of the cards, made from the reference results in ``results/<paper>/*.json``.
 
-``python -m shared.report.cards`` rewrites them; a test fails while they differ. Where several runs of a paper are kept, the one at
+``python -m shared.report.cards`` rewrites them; a test fails while they differ. The numbers are those of the runs, the verdicts those that
+today's claims and rules give them. Where several runs of a paper are kept, the one at
 reduced scale gives the table, and another run fills in what that machine could not test.
 """
 
@@ -10,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.claims import load_claims
 from shared.errors import UserError
 from shared.report.document import load_results
 from shared.report.format import machine
 from shared.report.markdown import claims_markdown, headlines_markdown, update_section
+from shared.runner.document import rejudge
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_TESTED = "not tested"
@@ -25,7 +28,8 @@ def merged_document(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run at reduced scale.
     """
-    documents = [load_results(path) for path in sorted(folder.glob("*.json"))]
+    claims = load_claims(ROOT / "papers" / folder.name / "claims.yaml").by_id()
+    documents = [rejudge(load_results(path), claims) for path in sorted(folder.glob("*.json"))]
     base = next((document for document in documents if document["scale"] == "reduced"), None)
     if base is None:
         raise UserError(f"{folder} holds no results at scale=reduced; run the paper and copy its results.json there")

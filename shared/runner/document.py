@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.claims import Claim
 from shared.experiment import Artifact, Measurement, Picture, Table
+from shared.judge import Situation, judge
 from shared.runner.environment import environment
 from shared.runner.experiments import ExperimentRun
 
@@ -74,44 +75,86 @@ def claim_row(run: Run, claim: Claim, experiment: ExperimentRun | None) -> dict[
     outcome = run.outcomes[claim.id]
     judgement = run.judgements[claim.id]
     number = outcome if isinstance(outcome, Measurement) else None
-    stated = list(claim.value) if isinstance(claim.value, tuple) else claim.value
     return {
-        "id": claim.id,
-        "ref": claim.ref,
-        "kind": claim.kind,
-        "statement": claim.statement,
-        "headline": claim.headline,
-        "source": claim.source,
-        "tag": claim.tag,
-        "evidence": claim.evidence,
-        "relation": claim.relation,
-        "paper_value": stated if claim.kind == "claim" else None,
-        "stated_value": stated if claim.kind == "finding" else None,
+        **_statement(claim),
         "value": _finite(number.value) if number else None,
-        "unit": claim.unit,
         "ci_low": _finite(number.ci_low) if number else None,
         "ci_high": _finite(number.ci_high) if number else None,
         "n_seeds": number.n_seeds if number else 0,
         "values": list(number.values) if number else [],
         "model_error_rel": number.model_error_rel if number else None,
-        "tolerance": claim.tolerance.model_dump(exclude_none=True) if claim.tolerance else None,
-        "neutral": claim.neutral,
         "verdict": str(judgement.verdict),
         "reason": judgement.reason,
         "suspicious": judgement.suspicious,
-        "conditions": claim.conditions,
         "control": run.controls.get(claim.id)
         or (
             {**claim.control.model_dump(), "value": None, "verdict": None, "reason": "", "ok": None}
             if claim.control
             else None
         ),
-        "no_control": claim.no_control,
         "experiment": experiment.name if experiment else None,
         "seconds": round(experiment.seconds[claim.id], 3) if experiment else 0.0,
         "note": number.note if number else "",
         "sensitivity": run.sensitivity.get(claim.id),
     }
+
+
+def _statement(claim: Claim) -> dict[str, Any]:
+    """What claims.yaml says: the part of a row that no run changes."""
+    stated = list(claim.value) if isinstance(claim.value, tuple) else claim.value
+    return {
+        "id": claim.id,
+        "ref": claim.ref,
+        "kind": claim.kind,
+        "headline": claim.headline,
+        "statement": claim.statement,
+        "source": claim.source,
+        "tag": claim.tag,
+        "evidence": claim.evidence,
+        "relation": claim.relation,
+        "paper_value": stated if claim.kind == "claim" else None,
+        "stated_value": stated if claim.kind == "finding" else None,
+        "unit": claim.unit,
+        "tolerance": claim.tolerance.model_dump(exclude_none=True) if claim.tolerance else None,
+        "neutral": claim.neutral,
+        "conditions": claim.conditions,
+        "no_control": claim.no_control,
+    }
+
+
+def rejudge(document: Mapping[str, Any], claims: Mapping[str, Claim]) -> dict[str, Any]:
+    """The document with the verdicts that today's claims and rules give its numbers; rows without a number keep theirs.
+
+    Args:
+        document: of any earlier run.
+        claims: today's claims by id; a row whose claim is gone is left out.
+    """
+    situation = Situation(document["scale"], document["device"])
+    rows = []
+    for row in document["claims"]:
+        claim = claims.get(row["id"])
+        if claim is None:
+            continue
+        if row["value"] is not None:
+            number = Measurement(
+                row["id"],
+                row["value"],
+                row["ci_low"] if row["ci_low"] is not None or not row["values"] else -math.inf,
+                row["ci_high"] if row["ci_high"] is not None or not row["values"] else math.inf,
+                row["n_seeds"],
+                tuple(row["values"]),
+                row["model_error_rel"],
+            )
+            judgement = judge(claim, number, situation)
+            row = {
+                **row,
+                **_statement(claim),
+                "verdict": str(judgement.verdict),
+                "reason": judgement.reason,
+                "suspicious": judgement.suspicious,
+            }
+        rows.append(row)
+    return {**document, "claims": rows}
 
 
 def _table(table: Table) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def test_far_better_than_the_paper_is_suspicious() -> None:
     assert "mistake" in flagged.reason
     assert not judge(make(relation="at_least"), Measurement("speedup", 2.4), HERE).suspicious
     assert not judge(make(kind="finding"), Measurement("speedup", 9.0), HERE).suspicious
+    assert not judge(make(size_comparable_at=["full"]), Measurement("speedup", 9.0), HERE).suspicious  # another thing
 
 
 @given(value=st.floats(-1e6, 1e6), target=st.floats(-1e6, 1e6), neutral=st.floats(-1e6, 1e6), rel=st.floats(0, 0.5))

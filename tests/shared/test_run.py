@@ -302,3 +302,19 @@ def test_the_suites_own_configs_do_not_clash() -> None:
 def test_out_folder_holds_nothing_temporary(project: Project, tmp_path: Path) -> None:
     project.run(*QUIET, "out=first")
     assert not list((project.folder / "first").rglob(".*"))
+
+
+def test_old_numbers_are_judged_by_todays_claims(project: Project) -> None:
+    """The numbers of a finished run stay, the verdicts follow claims.yaml; without a change nothing changes."""
+    from shared.claims import load_claims
+    from shared.runner.document import rejudge
+
+    document = project.results(project.run(*QUIET, "method.factor=2.03"))
+    path = project.folder / "papers" / "toy" / "claims.yaml"
+    same = rejudge(document, load_claims(path).by_id())
+    assert same == document
+    path.write_text(path.read_text().replace("{rel: 0.01,", "{rel: 0.02,"))
+    wider = rejudge(document, load_claims(path).by_id())
+    assert claim(document, "speedup")["verdict"] == "direction only"
+    assert claim(wider, "speedup")["verdict"] == "replicated"
+    assert claim(wider, "speedup")["value"] == claim(document, "speedup")["value"]

@@ -51,7 +51,8 @@ def multi_task_training(cfg: Any, ctx: Context) -> Iterator[Result]:
 
     arm = _ARM_OF_ROUTER[cfg.micro.router]
     many, few = list(cfg.micro.tasks), list(cfg.micro.few_tasks)
-    plan = [("dense", many), (arm, many), ("single", many), ("dense", few), (arm, few), ("task_cond", many)]
+    # Long jobs first, so that no core waits for the last one.
+    plan = [("dense", many), (arm, many), ("single", many), ("task_cond", many), ("dense", few), (arm, few)]
     plan = [entry for index, entry in enumerate(plan) if entry not in plan[:index]]
     jobs = [_job(cfg, name, tasks, seed, ctx.seeds[0]) for name, tasks in plan for seed in ctx.seeds]
     results: dict[tuple[str, int, int], Mapping[str, Any]] = {}  # (arm, number of tasks, seed)
