@@ -43,7 +43,7 @@ def _best(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
     for document in others:
         for other in document["claims"]:
             if other["id"] == row["id"] and other["verdict"] != NOT_TESTED:
-                return {**other, "evidence": f"{other['evidence']} ({document['scale']} scale, {machine(document)})"}
+                return {**other, "evidence": f"{other['evidence']} (scale={document['scale']}, {machine(document)})"}
     return row
 
 

@@ -223,11 +223,11 @@ def counts(document: Mapping[str, Any], kind: str | None = None) -> dict[str, in
 def machine(document: Mapping[str, Any]) -> str:
     """The host in a few words: processor, cores, GPU."""
     environment = document.get("environment") or {}
-    cores = environment.get("num_cores")
+    cores, gpu = environment.get("num_cores"), environment.get("gpu")
     parts = [
         environment.get("cpu"),
         f"{cores} core{'' if cores == 1 else 's'}" if cores else None,
-        environment.get("gpu"),
+        ", ".join(gpu) if isinstance(gpu, list) else gpu,
     ]
     return ", ".join(str(part) for part in parts if part) or "unknown machine"
 
