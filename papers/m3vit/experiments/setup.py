@@ -65,7 +65,8 @@ def accelerator_of(cfg: Any) -> Accelerator:
 
     device, design = device_of(cfg), cfg.hardware
     power = _power_w(device, design)
-    bandwidth = device.bandwidth_bytes_per_s()
+    off_chip = "flash" if "dram" not in device.memory and "flash" in device.memory else "dram"  # where experts wait
+    bandwidth = device.bandwidth_bytes_per_s(off_chip, "read")
     if device.kind == "fpga" and device.compute.clock is not None:
         share = device.figure("fabric.dsp").value / design.board_dsps
         return Accelerator.from_array(
