@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import qmc
 
 from shared.hardware.figure import Figure
 
@@ -122,6 +121,8 @@ def latin_hypercube(
     model: Model, figures: Mapping[str, Uncertain], predicate: Predicate, *, n: int = 1024, seed: int = 0
 ) -> Spread:
     """Draw all figures at once, log-uniform over their uncertainty (exact figures stay), by a Latin hypercube of ``n`` samples."""
+    from scipy.stats import qmc  # half a second that a run from the cache need not pay
+
     names = list(figures)
     unit = qmc.LatinHypercube(d=len(names), rng=np.random.default_rng(seed)).random(n)
     samples = {
