@@ -35,7 +35,14 @@ def training(cfg: Any, ctx: Context) -> Iterator[Result]:
 
 
 def train_one(
-    *, seed: int, gain: float, steps: int, sleep_s: float, calls: str, workdir: Path, progress: Callable[[int, int], None]
+    *,
+    seed: int,
+    gain: float,
+    steps: int,
+    sleep_s: float,
+    calls: str,
+    workdir: Path,
+    progress: Callable[[int, int], None],
 ) -> dict[str, float]:
     """Count to ``steps`` with a checkpoint after each, so that a killed run can show that it went on where it stopped."""
     checkpoint = workdir / "step.txt"
