@@ -106,7 +106,7 @@ def test_cached_maps_train_as_images_do() -> None:
 
 def test_training_learns() -> None:
     task = digits(100)
-    base, source = pretrain(task, "tiny_v2", {"lr": 3e-3, "epochs": 4, "batch": 64}, seed=0)
+    base, source = pretrain(task, "tiny_v2", {"lr": 3e-3, "epochs": 10, "batch": 64}, seed=0)
     assert source > 60
     scores = transfer(base, task, method="mobiletl", blocks=3, lr=3e-3, epochs=6, batch=16, seed=0)
     assert scores["test"] > 40  # chance is 20
