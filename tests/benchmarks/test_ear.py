@@ -46,9 +46,7 @@ def test_packed_similarity_of_one_image(benchmark: Any) -> None:
         if peer != "packed":
             benchmark.extra_info[f"{peer} / packed"] = timings.ratio(peer, "packed").median
     benchmark(functions["packed"])
-    assert (
-        timings.ratio("dense", "packed").median > 2
-    )  # the claim's bar of 5 is judged by the suite, on a quiet machine
+    assert timings.ratio("dense", "packed").low > 5  # the finding binary_speedup
 
 
 @pytest.mark.parametrize("projection", ["orthogonal", "hadamard"])
