@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shared.errors import UserError
+from shared.files import set_aside, whole_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -141,11 +141,9 @@ def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, sche
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    """Written under another name, then renamed: a kill leaves the old checkpoint or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    """A kill leaves the old checkpoint or the new one."""
+    with whole_file(path) as file:
+        torch.save(content, file)
 
 
 def _load(path: Path, run: dict[str, int]) -> tuple[dict[str, Any] | None, str]:
@@ -163,6 +161,5 @@ def _load(path: Path, run: dict[str, int]) -> tuple[dict[str, Any] | None, str]:
 
 
 def _set_aside(path: Path, suffix: str, reason: str) -> str:
-    aside = path.with_name(f"{path.name}.{suffix}")
-    os.replace(path, aside)
+    aside = set_aside(path, suffix)
     return f"{path.name} {reason}: set aside as {aside.name}, training started afresh"

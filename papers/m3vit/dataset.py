@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from papers.m3vit import synthroom
 from shared.errors import UserError
+from shared.files import set_aside, whole_file
 
 TRAIN_START, VAL_START = 0, 1_000_000  # scene seeds
 IMAGE_MEAN, IMAGE_STD = 0.41, 0.22  # of all pixels and channels, rounded
@@ -86,22 +85,14 @@ def _read(path: Path, fingerprint: str) -> tuple[dict[str, NDArray[Any]] | None,
                 return None, f"{path.name} held other scenes and was replaced"
             return {name: stored[name] for name in stored.files if name != _FINGERPRINT}, ""
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        aside = path.with_name(path.name + ".corrupt")
-        os.replace(path, aside)
+        aside = set_aside(path, "corrupt")
         return None, f"{path.name} was damaged: set aside as {aside.name}, the scenes were made anew"
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]], fingerprint: str) -> None:
     """Atomic: a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **{_FINGERPRINT: np.array(fingerprint)}, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        np.savez(file, allow_pickle=False, **{_FINGERPRINT: np.array(fingerprint)}, **arrays)
 
 
 def flip(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:

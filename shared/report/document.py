@@ -5,18 +5,15 @@ Keys stand in the order given here; NaN never reaches the file, and an infinite 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.files import write_whole
 from shared.report.format import VERDICTS
 
 SCHEMA_VERSION = 1
@@ -108,39 +105,14 @@ def write_atomic(path: Path | str, content: str | bytes) -> Path:
     """
     path = Path(path)
     data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        write_whole(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         advice = "free some space" if error.errno in _FULL else "make the folder writable"
         raise UserError(
             f"cannot write {path}: {error.strerror}; {advice} or choose another folder with out=DIR"
         ) from error
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; a file system that cannot sync a folder has nothing to sync."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: Any, field: str) -> Any:

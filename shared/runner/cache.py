@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.files import write_whole
 from shared.runner.environment import cpu_name, version
 from shared.runner.paths import PAPERS, ROOT
 
@@ -28,11 +28,11 @@ def digest(value: Any) -> str:
 
 @functools.cache
 def code_fingerprint(paper: str) -> str:
-    """A hash of all that can change a number: the code of the paper and of ``shared`` (its reports left out), torch, the processor."""
+    """A hash of all that can change a number: the code of the paper and of ``shared`` (less what only shows results), libraries, processor."""
     sources = [*(PAPERS / paper).rglob("*.py"), *(ROOT / "shared").rglob("*.py")]
-    report = ROOT / "shared" / "report"
+    shows = {ROOT / "shared" / "report", ROOT / "shared" / "compare"}
     state = hashlib.sha256()
-    for path in sorted(path for path in sources if report not in path.parents):
+    for path in sorted(path for path in sources if shows.isdisjoint(path.parents)):
         state.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     # Another processor or library may round differently, and "same seed, same numbers" is promised for one machine.
     machine = [version("torch"), version("numpy"), version("timm"), platform.machine(), cpu_name()]
@@ -54,7 +54,7 @@ class Cache:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / ".writable", b"")
+            write_whole(folder / ".writable", b"")
         except OSError as error:
             self._note(f"the cache {folder} cannot be written ({error.strerror}): nothing of this run will be reused")
             self.folder = Path(tempfile.mkdtemp(prefix="papercheck-"))
@@ -86,7 +86,7 @@ class Cache:
         entry = json.dumps({"value": value, "checksum": digest(value)})
         try:
             folder = self.workdir(key)
-            write_atomically(folder / "value.json", entry.encode())
+            write_whole(folder / "value.json", entry.encode())
             self._fresh.add(key)
         except OSError as error:
             self._note(f"the cache {self.folder} cannot be written ({error.strerror}): this result will not be reused")
@@ -112,24 +112,6 @@ class Cache:
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename.
-
-    Raises:
-        OSError: the folder cannot be written; no partial file is left.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def experiment_key(paper: str, experiment: str, dependencies: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from shared.claims import Claim
 from shared.errors import UserError
 from shared.experiment import Experiment, NotTested
+from shared.files import write_whole
 from shared.hardware.device import load_device
 from shared.judge import Failure, Judgement, Situation, Verdict, judge
 from shared.runner.cache import Cache
@@ -172,11 +173,9 @@ def results_folder(folder: Path) -> Path:
     Raises:
         UserError: with the folder and what to do.
     """
-    from shared.runner.cache import write_atomically
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".writable", b"")
+        write_whole(folder / ".writable", b"")
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(
