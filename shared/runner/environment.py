@@ -37,8 +37,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+CORES = "PAPERCHECK_CORES"  # set by a launcher that runs several at a time
+
+
 def num_cores() -> int:
-    """Cores this process may use (containers and job schedulers often grant fewer than the machine has)."""
+    """Cores this process may use (containers, job schedulers and our own launcher often grant fewer than the machine has)."""
+    granted = os.environ.get(CORES) or os.environ.get("SLURM_CPUS_PER_TASK")
+    if granted and granted.isdigit():
+        return max(1, int(granted))
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
