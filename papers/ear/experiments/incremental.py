@@ -25,6 +25,7 @@ def dil(cfg: Any, ctx: Context) -> Iterator[Result]:
         "train": plain(cfg.train),
         **plain(cfg.adaptor),
         **plain(cfg.rivals),
+        "ewc_strength": o.ewc_strength,
         "window": o.window,
         "rule": o.rule,
     }
@@ -117,6 +118,7 @@ def cil(cfg: Any, ctx: Context) -> Iterator[Result]:
         "train": {**plain(cfg.train), "epochs": o.epochs},
         **plain(cfg.adaptor),
         **plain(cfg.rivals),
+        "ewc_strength": o.ewc_strength,
         "classes_per_task": o.classes_per_task,
     }
     results = by_seed(

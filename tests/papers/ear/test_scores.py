@@ -178,3 +178,12 @@ def test_pytorch_ood_agrees() -> None:
     logits = torch.randn(30, 7)
     assert torch.allclose(detectors.MaxSoftmax.score(logits), ood.msp(logits), atol=1e-6)
     assert torch.allclose(detectors.EnergyBased.score(logits), ood.energy(logits), atol=1e-5)
+    known, new = torch.randn(400, 6), torch.randn(50, 6)
+    labels = torch.arange(400) % 5
+    bank, queries = [known[:, :, None, None]], [new[:, :, None, None]]
+    theirs = detectors.Mahalanobis(None).fit_features(known, labels).predict_features(new)
+    ours = ood.Mahalanobis(bank, labels, 5, ridge=0.0)(queries)
+    # Theirs is half the squared distance, under a covariance summed over the 400 vectors.
+    assert torch.allclose(2 * 400 * theirs.double(), ours, rtol=1e-3)
+    theirs = detectors.KNN(None, k=3).fit_features(known, labels).predict_features(new)
+    assert torch.allclose(torch.as_tensor(theirs).float(), ood.KNN(bank, k=3)(queries), atol=1e-5)
