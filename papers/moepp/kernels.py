@@ -1,0 +1,274 @@
+"""What calls the Triton kernels: the forward pass of one MoE layer without a host synchronisation, for CUDA graphs.
+
+Two ways to the same result, chosen by shape (:func:`plan`), never by looking at the routing: ``fused`` is the Triton kernels
+throughout, ``grouped_mm`` takes torch's grouped product for the two GEMMs between our sort and our combine. Both serve MoE++ and the
+vanilla layer alike. With ``TRITON_INTERPRET=1`` the kernels run on a CPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from papers.moepp import triton_kernels as tk
+
+MAX_EXPERTS = 64  # of the counting sort; more go through torch.sort
+_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: triton.language.float32,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float16: triton.language.float16,
+}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Tile, warps and pipeline of one grouped product."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    group: int = 8
+    joint: bool = False  # gate and up projection in one product
+    gather: bool = False  # rows are picked inside the product instead of before it
+    flatten: bool = False
+    per_sm: int = 1  # programs on each multiprocessor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the two products of a layer run; both have tiles of the same number of rows."""
+
+    backend: Literal["fused", "grouped_mm"]
+    first: Gemm
+    second: Gemm
+    split: bool = False  # tokens without an FFN expert are finished on a second stream while the products run
+
+    def __post_init__(self) -> None:
+        if self.first.bm != self.second.bm:
+            raise ValueError(f"both products work on the same tiles of rows, got {self.first.bm} and {self.second.bm}")
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Assignments grouped by FFN expert, all on the device."""
+
+    position: Tensor  # [T·K] row of each assignment, -1 for zero-computation experts
+    token_of_row: Tensor  # [rows]
+    ends: Tensor  # [E] row after the last one of each expert
+    tile_expert: Tensor
+    tile_end: Tensor
+    tile_count: Tensor  # [1]
+    rows: int  # allocated, an upper bound
+    tiles: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def sort_assignments(ids: Tensor, experts: int, align: int) -> Sorted:
+    """Group the assignments ``ids`` [T, K] (int32) by FFN expert; each group starts at a multiple of ``align``."""
+    total, k = ids.numel(), ids.shape[1]
+    pad = max(16, _power_of_two(experts))
+    block = max(32, min(512, 16384 // pad))
+    blocks = -(-total // block)
+    tiles = total // align + experts if align > 1 else 1
+    rows = tiles * align if align > 1 else total
+    make = lambda *shape: torch.empty(*shape, dtype=torch.int32, device=ids.device)  # noqa: E731
+    counts, position, token_of_row = make(blocks, pad), make(total), make(rows)
+    ends, tile_expert, tile_end, tile_count = make(experts), make(tiles), make(tiles), make(1)
+    tk.count_assignments[(blocks,)](ids, counts, total, E=experts, E_PAD=pad, BLOCK=block, num_warps=8)
+    tk.place_assignments[(blocks,)](
+        ids, counts, position, token_of_row, ends, tile_expert, tile_end, tile_count, total, blocks, tiles, E=experts, E_PAD=pad,
+        K=k, BLOCK=block, ALIGN=align, CHUNK=max(1, min(64, 2048 // pad)), TILES_EACH=_power_of_two(-(-tiles // blocks)), num_warps=8,
+    )  # fmt: skip
+    return Sorted(position, token_of_row, ends, tile_expert, tile_end, tile_count, rows, tiles)
+
+
+def route(
+    x: Tensor,
+    w: Tensor,
+    k: int,
+    carried: Tensor | None = None,
+    w_carried: Tensor | None = None,
+    *,
+    renormalise: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [T, N] in fp32, gates [T, K] of a softmax over all N experts, ids [T, K] (int32); one pass over x [T, d].
+
+    w: [N, d] fp32; carried, w_carried: the previous layer's logits [T, N] and W_g [N, N], fp32; ``renormalise``: gates sum to 1.
+    """
+    tokens, d = x.shape
+    n = w.shape[0]
+    logits = torch.empty(tokens, n, dtype=torch.float32, device=x.device)
+    gates = torch.empty(tokens, k, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tokens, k, dtype=torch.int32, device=x.device)
+    carry = carried is not None and w_carried is not None
+    block = 64 if tokens > 8192 else 16
+    tk.route[(-(-tokens // block),)](
+        x, w, carried if carry else w, w_carried if carry else w, logits, gates, ids, tokens, D=d, N=n, N_PAD=max(16, _power_of_two(n)),
+        K=k, K_PAD=_power_of_two(k), BT=block, BK=64, CARRY=carry, SPLIT=x.dtype == torch.bfloat16, RENORMALISE=renormalise, num_warps=4,
+        num_stages=3,
+    )  # fmt: skip
+    return logits, gates, ids
+
+
+def gemm(a: Tensor, w: Tensor, place: Sorted, how: Gemm, *, gated: bool) -> Tensor:
+    """Sorted rows (tokens with ``how.gather``) times the experts' ``w`` [E, H or 2H, D]; SwiGLU of the two halves if ``gated``."""
+    experts, height, depth = w.shape
+    h = height // 2 if gated else height
+    out = torch.empty(place.rows, h, dtype=a.dtype, device=a.device)
+    joint = gated and how.joint
+    if joint:
+        weights = TensorDescriptor.from_tensor(w.view(experts * 2, h, depth), [2, how.bn, how.bk])
+    else:
+        weights = TensorDescriptor.from_tensor(w.view(experts * height, depth), [how.bn, how.bk])
+    source = a if how.gather else TensorDescriptor.from_tensor(a, [how.bm, how.bk])
+    target = TensorDescriptor.from_tensor(out, [how.bm, how.bn])
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 or a.dtype != torch.float32 else "ieee"
+    programs = min(place.tiles * -(-h // how.bn), _multiprocessors(a.device) * how.per_sm)
+    tk.expert_gemm[(programs,)](
+        source, weights, target, place.token_of_row, place.tile_expert, place.tile_end, place.tile_count, D=depth, H=h, BM=how.bm,
+        BN=how.bn, BK=how.bk, GROUP=how.group, GATED=gated, GATHER=how.gather, JOINT=joint, FLATTEN=how.flatten,
+        DTYPE=_TYPES[a.dtype], PRECISION=precision, num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return out
+
+
+def gather_rows(x: Tensor, place: Sorted, align: int) -> Tensor:
+    """Rows of x [T, d] in the order of the experts."""
+    out = torch.empty(place.rows, x.shape[1], dtype=x.dtype, device=x.device)
+    part = min(8, align)
+    tk.gather_rows[(place.rows // part,)](
+        x, out, place.token_of_row, place.tile_end, place.tile_count, D=x.shape[1], BM=align, PART=part, BD=_chunk(x.shape[1]), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def combine(
+    rows: Tensor, place: Sorted, ids: Tensor, gates: Tensor, x: Tensor, experts: int, w_const: Tensor | None, v_const: Tensor | None,
+    copies: int, *, out: Tensor | None = None, part: int = 0, tile: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Output [T, d] from the experts' rows and the zero-computation experts, one pass.
+
+    part: 1 for tokens without an FFN expert only, 2 for the others, into ``out``; ``tile``: tokens, columns, warps of a program.
+    """
+    tokens, d = x.shape
+    y = torch.empty_like(x) if out is None else out
+    constants = 0 if v_const is None else v_const.shape[0]
+    block, columns, warps = tile or (4 if tokens > 2048 else 1, _chunk(d), 4)
+    tk.combine[(-(-tokens // block),)](
+        rows, place.position, ids, gates, x, x if w_const is None else w_const, x if v_const is None else v_const, y, tokens, D=d,
+        E=experts, CONST=constants, COPY=copies, K=ids.shape[1], K_PAD=_power_of_two(ids.shape[1]), BT=block, BD=columns, PART=part,
+        num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def _chunk(d: int) -> int:
+    """Columns that a program handles at once: the largest power of two in d up to 256, else a masked 256."""
+    exact = d & -d
+    return min(256, exact) if exact >= 64 else min(256, _power_of_two(d))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def fits(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether the fused kernels take these tensors: rows of 16-byte multiples, contiguous weights of one type, a supported width."""
+    d, h = x.shape[1], w_out.shape[2]
+    wide = all(size * x.element_size() % 16 == 0 for size in (d, h))
+    same = x.dtype == w_in.dtype == w_out.dtype and x.dtype in _TYPES
+    return (
+        wide
+        and same
+        and w_in.is_contiguous()
+        and w_out.is_contiguous()
+        and d % 16 == 0
+        and w_in.shape[0] <= MAX_EXPERTS
+    )
+
+
+def plan(tokens: int, k: int, experts: int, d: int, h: int, dtype: torch.dtype, share: float = 1.0) -> Plan:
+    """The way for a layer of this shape; ``share`` of the assignments is expected at FFN experts. Small tiles where each gets few rows.
+
+    With few FFN assignments many tokens have none at all: a second stream finishes them while the products run.
+    """
+    if dtype == torch.float32:
+        return Plan("fused", Gemm(64, 32, 32, 8, 2, gather=True), Gemm(64, 64, 32, 8, 2))
+    if share * tokens * k < 192 * experts:
+        first = Gemm(64, 64, 64, 4, 3, joint=True, gather=True, per_sm=2)
+        return Plan("fused", first, Gemm(64, 64, 64, 4, 4, per_sm=2))
+    first, second = Gemm(128, 128, 64, 8, 3, joint=True, gather=True), Gemm(128, 256, 64, 8, 3, flatten=True)
+    return Plan("fused", first, second, split=share < 0.45 and tokens >= 16_384)
+
+
+def forward(
+    x: Tensor, ids: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, w_const: Tensor | None, v_const: Tensor | None, copies: int,
+    share: float = 1.0, *, how: Plan | None = None,
+) -> Tensor:  # fmt: skip
+    """Output [T, d] of an MoE layer whose routing is given. No host synchronisation.
+
+    Args:
+        x: tokens [T, d], contiguous.
+        ids, gates: [T, K], int32 and fp32; ids 0 … E - 1 are FFN experts, then constants, copies and zeros.
+        w_in, w_out: [E, 2h, d] (gate before up) and [E, d, h].
+        w_const, v_const: [J, 2, d] and [J, d], or None.
+        copies: number of copy experts.
+        share: expected share of the assignments that goes to FFN experts, for :func:`plan`; any other is right, but slower.
+        how: a plan to use instead of :func:`plan`.
+    """
+    experts, h = w_in.shape[0], w_out.shape[2]
+    how = how or plan(x.shape[0], ids.shape[1], experts, x.shape[1], h, x.dtype, share)
+    place = sort_assignments(ids, experts, 1 if how.backend == "grouped_mm" else how.first.bm)
+    mix = (ids, gates, x, experts, w_const, v_const, copies)
+    if not how.split:
+        return combine(_rows(x, w_in, w_out, place, how), place, *mix)
+    y = torch.empty_like(x)
+    with _beside(x.device):
+        combine(x, place, *mix, out=y, part=1)
+    combine(_rows(x, w_in, w_out, place, how), place, *mix, out=y, part=2)
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+    return y
+
+
+def _rows(x: Tensor, w_in: Tensor, w_out: Tensor, place: Sorted, how: Plan) -> Tensor:
+    """The experts' outputs in sorted order."""
+    if how.backend == "grouped_mm":
+        picked = x[place.token_of_row.clamp(0, x.shape[0] - 1)]  # rows past the last group are not initialised
+        return grouped_mm_rows(picked, w_in, w_out, place.ends)
+    source = x if how.first.gather else gather_rows(x, place, how.first.bm)
+    return gemm(gemm(source, w_in, place, how.first, gated=True), w_out, place, how.second, gated=False)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _beside(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on a second stream what depends on all that was launched so far."""
+    if device.type != "cuda":
+        return nullcontext()
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(side)
+
+
+def grouped_mm_rows(rows: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor) -> Tensor:
+    """The experts on sorted rows through torch's grouped product; rows past ``ends[-1]`` are left undefined."""
+    gate, up = torch.nn.functional.grouped_mm(rows, w_in.transpose(-2, -1), offs=ends).chunk(2, -1)
+    return torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * up, w_out.transpose(-2, -1), offs=ends)
