@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from papers.mobiletl.convert import adapt, adapted_state_dict, load_adapted, mobiletl, parameter_groups
+    from papers.mobiletl.graphs import graphed
 
-__all__ = ["adapt", "adapted_state_dict", "load_adapted", "mobiletl", "parameter_groups"]
+__all__ = ["adapt", "adapted_state_dict", "graphed", "load_adapted", "mobiletl", "parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:
     """The library, imported when first used: listing the paper needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from papers.mobiletl import convert
+    from papers.mobiletl import convert, graphs
 
-    return getattr(convert, name)
+    return getattr(graphs if name == "graphed" else convert, name)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from papers.mobiletl.counts import Layer, Role, total_parameters, trained_parameters
+from papers.mobiletl.layers import CODED
 
 _EXACT_BITS = {"relu": 1, "relu6": 2, "hard_swish": 32, "silu": 32}
 _GATE_BITS = {
@@ -41,13 +42,12 @@ def layer_bytes(layer: Layer, role: Role, rules: Rules | None = None) -> int:
     if layer.kind in ("conv", "linear"):
         return 4 * n if trains_weight else 0
     if layer.kind == "norm":
-        if role in ("inner", "shift"):
+        if role in ("inner", "shift", "through"):
             return 4 * layer.channels * rules.vectors
         return 4 * n + 8 * layer.channels * rules.vectors
     if layer.kind == "act":
-        bits = (
-            1 if role == "inner" else rules.relu6_bits if layer.activation == "relu6" else _EXACT_BITS[layer.activation]
-        )
+        exact = rules.relu6_bits if layer.activation == "relu6" else _EXACT_BITS[layer.activation]
+        bits = 1 if role == "inner" else CODED.get(role, exact)
         return math.ceil(bits * n / 8)
     if layer.kind == "se":
         return 4 * n + _se_vector_bytes(layer, trains_weight) * rules.vectors

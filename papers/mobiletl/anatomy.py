@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, EdgeResidual, InvertedResidual
 from torch import Tensor, nn
 
-from papers.mobiletl.layers import Recomputing
+from papers.mobiletl.layers import Adapted
 from shared.errors import UserError
 
 BLOCKS = (InvertedResidual, DepthwiseSeparableConv, EdgeResidual)
@@ -65,7 +65,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     head: list[str] = []
     for i, stage in enumerate(stages):
         for j, block in enumerate(stage):
-            if type(block) in BLOCKS or isinstance(block, Recomputing):
+            if type(block) in BLOCKS or isinstance(block, Adapted):
                 if head:
                     raise UserError(
                         f"{type(model).__name__} has a block after its head convolution, which is not supported"

@@ -1,14 +1,21 @@
 """The reference run on real images: MobileNetV3-Small at 224, pre-trained on five classes of CIFAR-10, transferred to the other five.
 
 ``python -m papers.mobiletl.cifar --data ROOT --out FILE.json`` on an NVIDIA GPU; needs torch, timm, triton, numpy and Pillow alone.
+The same command completes a run that was interrupted.
 Pre-training is ours, from random weights: no network is needed, and the figures are not the paper's, which start from ImageNet.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
+import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +24,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from papers.mobiletl.anatomy import forward_from, forward_to
-from papers.mobiletl.convert import adapt, parameter_groups
+from papers.mobiletl.convert import THROUGH, adapt, parameter_groups
 from papers.mobiletl.models import create
 from shared.data.cifar10 import load_cifar10
 from shared.measure.timing import device_name
 
 RESOLUTION = 224
+RESULT = "cifar10.json"
 MODEL = "mobilenetv3_small_100"
 METHODS: tuple[tuple[str, int], ...] = (
-    ("last", 0), ("bias", 0), ("norm", 0), ("ft_blocks", 1), ("mobiletl", 1), ("ft_blocks", 3), ("mobiletl", 3), ("ft_blocks", 5),
-    ("mobiletl", 5), ("ft_all", 0),
+    ("last", 0), ("ft_blocks", 1), ("mobiletl", 1), ("ft_blocks", 3), ("mobiletl", 3), ("ft_blocks", 5), ("mobiletl", 5), ("bias", 0),
+    ("ft_all", 0), ("norm", 0), ("lite_bias", 0),
 )  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 
 
+@cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, on the device once: nothing may be copied there while a graph is captured."""
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return mean, std
+
+
 def enlarge(images: Tensor) -> Tensor:
     """Bytes (N, 3, 32, 32) -> normalised (N, 3, 224, 224)."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = _normalisation(images.device)
     x = (images.float() / 255 - mean) / std
-    return F.interpolate(x, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
+    # F.interpolate would take a slow way in deterministic mode, for the sake of a gradient that images do not have
+    out: Tensor = torch.ops.aten.upsample_bilinear2d(x, [RESOLUTION, RESOLUTION], False)
+    return out
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random shift by up to 4 pixels for the batch and a flip for each image."""
+def augment(images: Tensor, flips: Tensor, generator: torch.Generator) -> Tensor:
+    """A random shift by up to 4 pixels for the batch, and the flips (N,), each 0 or 1."""
     dy, dx = torch.randint(0, 9, (2,), generator=generator).tolist()
     x = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")[..., dy : dy + 32, dx : dx + 32]
-    flips = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    return torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
+    return torch.where(flips.view(-1, 1, 1, 1) == 1, x.flip(-1), x)
 
 
 def accuracy(predict: Any, inputs: Tensor, labels: Tensor, batch: int = 500) -> float:
@@ -57,88 +73,181 @@ def accuracy(predict: Any, inputs: Tensor, labels: Tensor, batch: int = 500) -> 
     return 100 * hits / len(labels)
 
 
+@cache
+def _stream() -> torch.cuda.Stream:
+    """A graph cannot be captured on the default stream."""
+    return torch.cuda.Stream()
+
+
+class _Training:
+    """Steps of one training run; on a GPU captured once as a CUDA graph and replayed, all on one stream.
+
+    With a stream for each run, so that runs overlapped, some fine-tuned batch norms lost 25 points; why was not found out.
+    ``loss`` reads the images' numbers and their flips, both (batch,), from two tensors that stay in place; so do the learning rates.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor], batch: int
+    ) -> None:  # fmt: skip
+        self.model, self._optimizer = model, optimizer
+        self._index = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+        self._flips = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+        def run() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss(self._index, self._flips).backward()
+            optimizer.step()
+
+        self._run: Callable[[], object] = run
+        if DEVICE != "cuda":
+            return
+        self._stream = _stream()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            run()
+        self._run = graph.replay
+        model.load_state_dict(before)  # in place: as if the steps before the capture had not been
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def step(self, index: Tensor, flips: Tensor, rate_factor: float) -> None:
+        """One step at ``rate_factor`` times the learning rates; numbers and flips are on the device."""
+        with torch.cuda.stream(self._stream) if DEVICE == "cuda" else nullcontext():
+            self._index.copy_(index)
+            self._flips.copy_(flips)
+            for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"].fill_(rate * rate_factor)
+            self._run()
+
+
+def _adam(groups: Any, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Adam, or AdamW where ``weight_decay`` is given, with learning rates that a captured graph reads from memory."""
+    groups = list(groups)
+    groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+    for group in groups:
+        group["lr"] = torch.tensor(float(group.get("lr", lr)), device=DEVICE)
+    kind = torch.optim.AdamW if options else torch.optim.Adam
+    return kind(groups, fused=DEVICE == "cuda", capturable=DEVICE == "cuda", **options)
+
+
+def _orders(images: int, batch: int, epochs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers of the images and flips of every step, (steps, batch) each."""
+    per_epoch = images // batch
+    orders = [torch.randperm(images, generator=generator)[: per_epoch * batch].view(-1, batch) for _ in range(epochs)]
+    return torch.cat(orders).to(DEVICE), torch.randint(0, 2, (epochs * per_epoch, batch), generator=generator).to(
+        DEVICE
+    )
+
+
 def pretrain(data: dict[str, Tensor], *, epochs: int, batch: int, lr: float, seed: int) -> tuple[nn.Module, float]:
-    """Train on the source classes; returns the network and its source test accuracy in per cent."""
+    """Train on the source classes; returns the network and its source test accuracy in per cent. Deterministic on one kind of machine."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = create(MODEL, num_classes=5).to(DEVICE).to(memory_format=torch.channels_last)
-    steps = epochs * (len(data["source"]) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
-    model.train()
-    done = 0
-    while done < steps:
-        order = torch.randperm(len(data["source"]), generator=generator).to(DEVICE)
-        for index in order[: len(order) // batch * batch].split(batch):
-            images = enlarge(augment(data["source"][index], generator)).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(DEVICE, torch.bfloat16):
-                loss = F.cross_entropy(model(images), data["source_labels"][index], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            done += 1
+    model = create(MODEL, num_classes=5).to(DEVICE).to(memory_format=torch.channels_last).train()
+    index, flips = _orders(len(data["source"]), batch, epochs, generator)
+    images = torch.zeros(batch, *data["source"].shape[1:], device=DEVICE)
+    optimizer = _adam(model.parameters(), lr, weight_decay=0.05)
+
+    def loss(picked: Tensor, _: Tensor) -> Tensor:
+        x = enlarge(images).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return F.cross_entropy(model(x), data["source_labels"][picked], label_smoothing=0.1)
+
+    training = _Training(model, optimizer, loss, batch)
+    warmup = 0.15 * len(index)
+    for step in range(len(index)):
+        with torch.cuda.stream(_stream()) if DEVICE == "cuda" else nullcontext():
+            images.copy_(augment(data["source"][index[step]], flips[step], generator))
+        factor = (
+            (step + 1) / warmup
+            if step < warmup
+            else (1 + math.cos(math.pi * (step - warmup) / (len(index) - warmup))) / 2
+        )
+        training.step(index[step], flips[step], factor)
+    _synchronise()
     model.eval().to(memory_format=torch.contiguous_format)
     return model, accuracy(lambda x: model(enlarge(x)), data["source_test"], data["source_test_labels"])
 
 
 def transfer(
-    base: nn.Module,
-    data: dict[str, Tensor],
-    *,
-    method: str,
-    blocks: int,
-    lr: float,
-    seed: int,
-    images: int,
-    epochs: int,
-    batch: int,
-) -> dict[str, Any]:
-    """Transfer to the target classes with Adam and a cosine; top-1 on the target test images in per cent.
+    base: nn.Module, data: dict[str, Tensor], *, method: str, blocks: int, runs: list[tuple[int, float]], images: int,
+    epochs: int, batch: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Transfer in one way at every (seed, learning rate) of ``runs``, Adam and a cosine; top-1 on target images in per cent.
 
-    The frozen part's maps are computed once, for each image and its mirror image; methods that change the lower part see the images.
+    ``validation`` is on target images that no run trained on, to choose the rate with; ``accuracy`` on the test images. The frozen
+    part's maps are computed once, for each image and its mirror image; methods that change the lower part see the images.
     """
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    base.classifier = nn.Linear(base.classifier.in_features, 5, device=DEVICE)  # type: ignore[union-attr,arg-type]
-    model = adapt(base, method, blocks).to(DEVICE).train()
-    chosen = torch.randperm(len(data["target"]), generator=generator)[:images].to(DEVICE)
-    train, labels = data["target"][chosen], data["target_labels"][chosen]
-    whole = method in ("bias", "norm", "ft_all")
+    whole = method in (*THROUGH, "ft_all")
     count = 0 if method == "last" else blocks
+    reference = adapt(base, method, blocks).to(DEVICE).eval()
 
     def lower(x: Tensor) -> Tensor:
-        return enlarge(x) if whole else forward_to(model, enlarge(x), count)
-
-    def upper(x: Tensor) -> Tensor:
-        return model(x) if whole else forward_from(model, x, count)
-
-    if not whole:
+        """The images as bytes, or the frozen part's maps of them."""
+        if whole:
+            return x
         with torch.no_grad():
-            maps = torch.stack([torch.cat([lower(x) for x in part.split(500)]) for part in (train, train.flip(-1))])
-    steps = epochs * (images // batch)
-    optimizer = torch.optim.Adam(parameter_groups(model, lr=lr), fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(epochs):
-        for index in torch.randperm(images, generator=generator)[: images // batch * batch].split(batch):
-            flips = torch.randint(0, 2, (batch,), generator=generator)
-            if whole:
-                picked = train[index.to(DEVICE)]
-                x = enlarge(torch.where(flips.to(DEVICE).view(-1, 1, 1, 1) == 1, picked.flip(-1), picked))
-            else:
-                x = maps[flips.to(DEVICE), index.to(DEVICE)]
-            loss = F.cross_entropy(upper(x), labels[index.to(DEVICE)])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-    score = accuracy(lambda x: model(enlarge(x)), data["target_test"], data["target_test_labels"])
-    return {"method": method, "blocks": blocks, "lr": lr, "seed": seed, "accuracy": score}
+            return torch.cat([forward_to(reference, enlarge(part), count) for part in x.split(500)])
+
+    sets = {"validation": (lower(data["target_validation"]), data["target_validation_labels"]),
+            "accuracy": (lower(data["target_test"]), data["target_test_labels"])}  # fmt: skip
+    trainings: list[tuple[_Training, Tensor, Tensor, Callable[[Tensor], Tensor]]] = []
+    maps_by_seed: dict[int, tuple[Tensor, Tensor]] = {}
+    for seed, lr in runs:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(data["target"]), generator=generator)[:images].to(DEVICE)
+        index, flips = _orders(images, batch, epochs, generator)
+        if seed not in maps_by_seed:
+            train = data["target"][chosen]
+            maps_by_seed[seed] = torch.stack([lower(train), lower(train.flip(-1))]), data["target_labels"][chosen]
+        trainings.append((*_start(base, method, blocks, seed, lr, batch, *maps_by_seed[seed]), index, flips))
+    for step in range(len(trainings[0][2])):
+        factor = (1 + math.cos(math.pi * step / len(trainings[0][2]))) / 2
+        for training, _, index, flips in trainings:
+            training.step(index[step], flips[step], factor)
+    _synchronise()
+    found = []
+    for (seed, lr), (training, predict, _, _) in zip(runs, trainings, strict=True):
+        training.model.eval()
+        scores = {name: accuracy(predict, inputs, labels) for name, (inputs, labels) in sets.items()}
+        found.append({"method": method, "blocks": blocks, "lr": lr, "seed": seed, **scores})
+    return found
 
 
-def load(root: Path) -> dict[str, Tensor]:
-    """CIFAR-10 split into source classes 0 to 4 and target classes 5 to 9, as bytes on the GPU."""
+def _start(
+    base: nn.Module, method: str, blocks: int, seed: int, lr: float, batch: int, maps: Tensor, labels: Tensor
+) -> tuple[_Training, Callable[[Tensor], Tensor]]:  # fmt: skip
+    """A network with a new classifier, ready to train on images or maps (2, N, …), upright and mirrored; and its prediction."""
+    torch.manual_seed(seed)
+    base.classifier = nn.Linear(base.classifier.in_features, 5).to(DEVICE)  # type: ignore[union-attr,arg-type]
+    model = adapt(base, method, blocks).to(DEVICE).train()
+    count = 0 if method == "last" else blocks
+
+    def predict(x: Tensor) -> Tensor:
+        out: Tensor = model(enlarge(x)) if x.dtype == torch.uint8 else forward_from(model, x, count)
+        return out
+
+    optimizer = _adam(parameter_groups(model, lr=lr), lr)
+    loss = lambda index, flips: F.cross_entropy(predict(maps[flips, index]), labels[index])  # noqa: E731
+    return _Training(model, optimizer, loss, batch), predict
+
+
+def _synchronise() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def load(root: Path, validation: int = 2000) -> dict[str, Tensor]:
+    """CIFAR-10 split into source classes 0 to 4 and target classes 5 to 9, as bytes on the GPU; the last target images validate."""
     data: dict[str, Tensor] = {}
     for train in (True, False):
         images, labels = load_cifar10(root, train=train)
@@ -146,73 +255,113 @@ def load(root: Path) -> dict[str, Tensor]:
         for part, keep in (("source", labels < 5), ("target", labels >= 5)):
             data[part + suffix] = images[keep].to(DEVICE)
             data[f"{part}{suffix}_labels"] = (labels[keep] % 5).to(DEVICE)
+    for suffix in ("", "_labels"):
+        data[f"target_validation{suffix}"] = data[f"target{suffix}"][-validation:]
+        data[f"target{suffix}"] = data[f"target{suffix}"][:-validation]
     return data
 
 
-_STATE: dict[str, Any] = {}
+def digest(model: nn.Module) -> str:
+    """Of a network's weights, to tell whether two runs started from the same."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
-def _start(path: str) -> None:
-    """A worker of the pool: data and weights once."""
-    torch.set_num_threads(1)
-    _STATE.update(torch.load(path, map_location=DEVICE, weights_only=True))
+def run(
+    root: Path, out: Path, *, pretrain_epochs: int, epochs: int, images: int, batch: int, seeds: Sequence[int], rates: Sequence[float],
+    trains: str = "blocks", seconds: float = math.inf, progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Pre-train, then transfer in every way; the result, which is also kept in ``out`` after each way of transfer.
+
+    The first seed runs at every rate, the others at the rate that is best on its validation images. What ``out`` already holds from
+    the same weights is not run again. ``trains="head"`` leaves all blocks frozen. After ``seconds`` no further way is started.
+    """
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # before the first use of the GPU: same bits in every run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
+    start = time.time()
+    data = load(root)
+    base, source_accuracy = pretrain(data, epochs=pretrain_epochs, batch=256, lr=3e-3, seed=0)
+    print(f"source accuracy {source_accuracy:.2f} % after {time.time() - start:.0f} s", flush=True)
+    size = {"images": images, "epochs": epochs, "batch": batch}
+    result: dict[str, Any] = {
+        "machine": device_name(DEVICE), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "model": MODEL,
+        "resolution": RESOLUTION, "weights": digest(base), "source_accuracy": source_accuracy, "pretrain_epochs": pretrain_epochs,
+        **size, "trains": trains, "complete": False, "runs": [],
+    }  # fmt: skip
+    if out.exists():
+        before = json.loads(out.read_text())
+        if all(before[key] == result[key] for key in ("machine", "torch", "weights", "trains", *size)):
+            result["runs"] = before["runs"]
+        print(f"{len(result['runs'])} of {len(before['runs'])} finished runs are from these weights", flush=True)
+    first, *others = seeds
+    for number, (method, blocks) in enumerate(METHODS):
+        if time.time() - start > seconds:
+            print(f"stopped before {method}-{blocks}: run the same command again", flush=True)
+            return result
+        for chosen in ([(first, rate) for rate in rates], None):
+            if chosen is None:
+                chosen = [(seed, best_rate(result["runs"], method, blocks, first)) for seed in others]
+            done = {(r["seed"], r["lr"]) for r in result["runs"] if (r["method"], r["blocks"]) == (method, blocks)}
+            if left := [pair for pair in chosen if pair not in done]:
+                trained = blocks if trains == "blocks" else 0
+                found = transfer(base, data, method=method, blocks=trained, runs=left, **size)
+                result["runs"] += [{**entry, "blocks": blocks} for entry in found]
+        result["complete"] = number == len(METHODS) - 1
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(
+            f"{method}-{blocks} after {time.time() - start:.0f} s: {by_rate(result['runs'], method, blocks)}",
+            flush=True,
+        )
+        if progress is not None:
+            progress(number + 1, len(METHODS))
+    return result
 
 
-def _job(job: dict[str, Any]) -> dict[str, Any]:
-    base = create(MODEL, num_classes=5).to(DEVICE)
-    base.load_state_dict(_STATE["weights"])
-    return transfer(base, _STATE["data"], **job)
+def job(
+    *, seed: int, root: str, seeds: list[int], options: dict[str, Any], workdir: Path, progress: Any
+) -> dict[str, Any]:
+    """:func:`run` as a job of the runner, resumed from its folder after an interruption."""
+    return run(Path(root), workdir / RESULT, seeds=seeds, progress=progress, **options)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds cifar10-jpeg/{train,test}.tar")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pretrain-epochs", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--out", type=Path, required=True, help="result; an unfinished one is completed")
+    parser.add_argument("--pretrain-epochs", type=int, default=14)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--workers", type=int, default=10)
-    arguments = parser.parse_args()
-    start = time.time()
-    data = load(arguments.data)
-    print(f"data after {time.time() - start:.0f} s", flush=True)
-    base, source_accuracy = pretrain(data, epochs=arguments.pretrain_epochs, batch=256, lr=3e-3, seed=0)
-    print(f"source accuracy {source_accuracy:.2f} % after {time.time() - start:.0f} s", flush=True)
-    result: dict[str, Any] = {
-        "machine": device_name(DEVICE), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "model": MODEL,
-        "resolution": RESOLUTION, "source_accuracy": source_accuracy, "pretrain_epochs": arguments.pretrain_epochs,
-        "images": arguments.images, "epochs": arguments.epochs, "batch": arguments.batch, "runs": [],
-    }  # fmt: skip
-    shared = {key: value.cpu() for key, value in data.items() if key.startswith("target")}
-    state_file = arguments.out.with_suffix(".state.pt")
-    torch.save({"weights": {k: v.cpu() for k, v in base.state_dict().items()}, "data": shared}, state_file)
-    size = {"images": arguments.images, "epochs": arguments.epochs, "batch": arguments.batch}
-    jobs = [
-        {"method": method, "blocks": blocks, "lr": lr, "seed": seed, **size}
-        for method, blocks in reversed(METHODS)
-        for seed in range(arguments.seeds)
-        for lr in arguments.rates
-    ]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(arguments.workers, initializer=_start, initargs=(str(state_file),)) as pool:
-        for run in pool.imap_unordered(_job, jobs):
-            result["runs"].append(run)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    result["seconds"] = time.time() - start
-    result["runs"].sort(key=lambda run: (run["method"], run["blocks"], run["lr"], run["seed"]))
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    state_file.unlink()
-    for method, blocks in METHODS:
-        print(
-            method,
-            blocks,
-            {lr: [round(a, 2) for a in by_rate(result["runs"], method, blocks)[lr]] for lr in arguments.rates},
-        )
-    print(f"{result['seconds']:.0f} s")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no further way of transfer after this time"
+    )
+    options = vars(parser.parse_args())
+    run(options.pop("data"), options.pop("out"), seeds=range(options.pop("seeds")), **options)
+
+
+def best_rate(runs: Sequence[Mapping[str, Any]], method: str, blocks: int, seed: int) -> float:
+    """The learning rate with which one seed of a way of transfer does best on its validation images."""
+    own = [r for r in runs if (r["method"], r["blocks"], r["seed"]) == (method, blocks, seed)]
+    return float(max(sorted(own, key=lambda r: r["lr"]), key=lambda r: r["validation"])["lr"])
+
+
+def accuracies(result: Mapping[str, Any], method: str, blocks: int, seeds: Sequence[int]) -> list[float]:
+    """Test accuracies of a way of transfer at its rate, in per cent, one per seed."""
+    rate = best_rate(result["runs"], method, blocks, seeds[0])
+    found = {
+        r["seed"]: r["accuracy"]
+        for r in result["runs"]
+        if (r["method"], r["blocks"], r["lr"]) == (method, blocks, rate)
+    }
+    return [found[seed] for seed in seeds]
 
 
 def by_rate(runs: list[dict[str, Any]], method: str, blocks: int) -> dict[float, list[float]]:

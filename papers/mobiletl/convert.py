@@ -10,8 +10,10 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import Tensor, nn
 
 from papers.mobiletl.anatomy import INTERNAL_NORMS, Anatomy, anatomy, conv_norm_pairs
+from papers.mobiletl.block import FusedInvertedResidual, FusedRecomputingInvertedResidual, can_fuse
 from papers.mobiletl.functional import TWO_VALUED
 from papers.mobiletl.layers import (
+    CODED,
     RECOMPUTING,
     FrozenConv2d,
     FrozenNormAct,
@@ -21,11 +23,19 @@ from papers.mobiletl.layers import (
     activation_name,
     quantise,
 )
+from papers.mobiletl.tinytl import add_lite_residuals
 from shared.errors import UserError, unknown
 
 Model = TypeVar("Model", bound=nn.Module)
-Method = Literal["ft_all", "ft_blocks", "mobiletl", "last", "bias", "norm"]
+Method = Literal["ft_all", "ft_blocks", "mobiletl", "last", "bias", "norm", "lite", "lite_bias"]
 METHODS: tuple[str, ...] = get_args(Method)
+ACT_BACKWARD = ("step", "exact", *CODED)
+THROUGH = (
+    "bias",
+    "norm",
+    "lite",
+    "lite_bias",
+)  # these train parts of the whole network, so a graph runs through all of it
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Adaptation:
 
     method: Method
     blocks: int
-    act_backward: Literal["step", "exact"] = "step"
+    act_backward: str = "step"
     inner_norm: Literal["shift", "full"] = "shift"
     recompute: bool = False
 
@@ -50,7 +60,7 @@ def mobiletl(
     Args:
         model: a timm network of inverted residual blocks, with the classifier of the new task.
         blocks: how many blocks to train, counted from the output; 0 trains the head alone, all of them the stem too.
-        act_backward: ``step``, or ``exact`` for the activations' own derivative.
+        act_backward: ``step``; ``exact`` for the activations' own derivative; ``2bit`` or ``4bit`` for that of Hard-Swish in few levels.
         inner_norm: ``shift``, or ``full`` for internal norms trained as usual with batch statistics.
         recompute: compute the expanded maps again in the backward pass; needs ``inner_norm="shift"``.
 
@@ -68,20 +78,25 @@ def adapt(
     act_backward: str = "step",
     inner_norm: str = "shift",
     recompute: bool = False,
+    resolution: int = 224,
 ) -> Model:
     """A copy of ``model`` set up for a way of transfer.
 
     ``mobiletl`` and ``ft_blocks`` train the last ``blocks`` blocks and the head on top of the same frozen int8 part; ``ft_all`` trains
     everything, ``last`` the classifier, ``bias`` all norms' shifts (frozen statistics, as TinyTL-B) and ``norm`` their scales and
-    shifts (batch statistics), both with the classifier and with convolutions on the int8 grid. The options are :func:`mobiletl`'s.
+    shifts (batch statistics), ``lite`` and ``lite_bias`` TinyTL's side modules without and with all shifts; these with the classifier
+    and with convolutions on the int8 grid. The other options are
+    :func:`mobiletl`'s. ``resolution`` is the images' side, which the side modules' kernels are fitted to.
     """
     for name, value, allowed in (
         ("method", method, METHODS),
-        ("act_backward", act_backward, ("step", "exact")),
+        ("act_backward", act_backward, ACT_BACKWARD),
         ("inner_norm", inner_norm, ("shift", "full")),
     ):
         if value not in allowed:
             raise unknown(name, value, allowed)
+    if act_backward in CODED and inner_norm != "shift":
+        raise UserError(f"act_backward={act_backward} needs inner_norm='shift'")
     if recompute and (inner_norm != "shift" or method != "mobiletl"):
         raise UserError(
             "recompute=True needs method 'mobiletl' with inner_norm='shift': batch statistics would be updated twice"
@@ -89,9 +104,11 @@ def adapt(
     model = copy.deepcopy(model)
     parts = anatomy(model)
     trained = parts.top(blocks)
-    if method in ("bias", "norm"):
+    if method in THROUGH:
         _round_convolutions(model)
-        _train_norms(model, with_scale=method == "norm")
+        _train_norms(model, with_scale=method == "norm", with_shift=method != "lite")
+        if method.startswith("lite"):
+            add_lite_residuals(model, parts.blocks, resolution)
     elif method != "ft_all":
         if method == "last":
             frozen = [*parts.stem, *parts.blocks, *parts.head]
@@ -197,7 +214,9 @@ def convert_block(model: nn.Module, path: str, *, act_backward: str, inner_norm:
     gate = getattr(getattr(block, "se", None), "gate", None)
     if type(gate).__name__.lower() == "hardsigmoid":
         block.se.gate = HardSigmoid()
-    if recompute:
+    if can_fuse(block):
+        block.__class__ = FusedRecomputingInvertedResidual if recompute else FusedInvertedResidual
+    elif recompute:
         block.__class__ = RECOMPUTING[type(block)]
 
 
@@ -216,8 +235,8 @@ def _round_convolutions(model: nn.Module) -> None:
             module.weight.data = q * scale
 
 
-def _train_norms(model: nn.Module, *, with_scale: bool) -> None:
-    """Freeze all but the classifier and the norms; without the scale, all norms become shift-only with the exact activation."""
+def _train_norms(model: nn.Module, *, with_scale: bool, with_shift: bool = True) -> None:
+    """Freeze all but the classifier and the norms; without the scale, all norms keep their statistics and the exact activation."""
     parts: Anatomy = anatomy(model)
     model.requires_grad_(False)
     model.get_submodule(parts.classifier).requires_grad_(True)
@@ -228,3 +247,4 @@ def _train_norms(model: nn.Module, *, with_scale: bool) -> None:
                     child.requires_grad_(True)
                 else:
                     setattr(parent, name, ShiftNormAct(child, child.act, "exact"))
+                    getattr(parent, name).bias.requires_grad_(with_shift)

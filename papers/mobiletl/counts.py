@@ -16,12 +16,12 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from papers.mobiletl.anatomy import BLOCKS, INTERNAL_NORMS, anatomy
-from papers.mobiletl.convert import METHODS
-from papers.mobiletl.layers import activation_name
+from papers.mobiletl.convert import METHODS, THROUGH
+from papers.mobiletl.layers import CODED, activation_name
 from shared.errors import unknown
 
 Kind = Literal["conv", "linear", "norm", "act", "se", "pool", "add"]
-Role = Literal["frozen", "trained", "inner", "shift", "norm"]
+Role = Literal["frozen", "trained", "inner", "shift", "norm", "through", "2bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def _hook(found: list[Layer], path: str, module: nn.Module, blocks: dict[str, nn
         return None
     internal = False
     if owner is not None and isinstance(module, nn.BatchNorm2d):
-        internal = path.rpartition(".")[2] in INTERNAL_NORMS[type(blocks[owner])]
+        names = next(names for kind, names in INTERNAL_NORMS.items() if isinstance(blocks[owner], kind))
+        internal = path.rpartition(".")[2] in names
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found.extend(make(path, module, tuple(inputs[0].shape), tuple(output.shape), block, internal))
@@ -188,9 +189,10 @@ def roles(
 ) -> tuple[Role, ...]:
     """What ``method`` does to each layer of a whole network; the options are those of :func:`papers.mobiletl.convert.adapt`.
 
-    ``frozen``: nothing flows back through it. ``trained``: as usual. ``inner``: MobileTL's internal norms and activations.
-    ``shift``, ``norm``: it is passed through by the backward pass, and of its parameters only norms' shifts, or scales and shifts,
-    are trained. Raises UserError for an unknown method or a ``blocks`` that the network does not have.
+    ``frozen``: nothing flows back through it. ``trained``: as usual. ``inner``: MobileTL's internal norms and activations;
+    ``2bit``, ``4bit``: an internal activation that keeps a coarser derivative.
+    ``shift``, ``norm``, ``through``: the backward pass goes through it, and of its parameters only norms' shifts, scales and shifts, or
+    none are trained. Raises UserError for an unknown method or a ``blocks`` that the network does not have.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -200,8 +202,13 @@ def roles(
     def role(layer: Layer) -> Role:
         if layer.path == parts.classifier or method == "ft_all":
             return "trained"
-        if method in ("bias", "norm"):
-            return "shift" if method == "bias" else "norm"
+        if ".lite." in layer.path:
+            return "trained"
+        if method == "lite":
+            is_lowest = layer.path.split(".")[0] in parts.stem or layer.block == parts.blocks[0]
+            return "frozen" if is_lowest else "through"
+        if method in THROUGH:
+            return "norm" if method == "norm" else "shift"
         in_stem = layer.path.split(".")[0] in parts.stem
         below = not parts.trains_stem(blocks) if in_stem else bool(layer.block) and layer.block not in top
         if method == "last" or below:
@@ -223,6 +230,8 @@ def block_roles(
 def _trained_role(layer: Layer, method: str, act_backward: str, inner_norm: str) -> Role:
     if method != "mobiletl" or not layer.internal:
         return "trained"
+    if layer.kind == "act" and act_backward in CODED:
+        return act_backward if layer.activation == "hard_swish" else "inner"  # type: ignore[return-value]
     is_switched_on = inner_norm == "shift" if layer.kind == "norm" else act_backward == "step"
     return "inner" if is_switched_on else "trained"
 
@@ -235,7 +244,7 @@ def trained_parameters(layers: tuple[Layer, ...], layer_roles: tuple[Role, ...])
 def _trained(layer: Layer, role: Role) -> int:
     if role == "trained":
         return layer.weights + layer.vectors
-    if layer.kind != "norm" or role == "frozen":
+    if layer.kind != "norm" or role in ("frozen", "through"):
         return 0
     return layer.vectors if role == "norm" else layer.vectors // 2
 

@@ -1,12 +1,14 @@
 """Step time and peak memory on an NVIDIA GPU: ``python -m papers.mobiletl.gpu --out FILE.json``.
 
 Needs torch, timm, triton, numpy and scipy alone. Every way of transfer trains the same network on the same images with the same fused
-Adam; times are paired ratios in one process, eager and as a replayed CUDA graph (without the launch gaps that dominate batch 8).
+Adam; times are paired ratios in one process: with eager launches, with forward and backward replayed as CUDA graphs in an ordinary
+loop (:func:`papers.mobiletl.graphs.graphed`, the fused path), and with the whole step as one graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -19,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from papers.mobiletl.convert import adapt, parameter_groups
+from papers.mobiletl.convert import adapt, convert_block, parameter_groups
 from papers.mobiletl.functional import shift_act
-from papers.mobiletl.models import create
+from papers.mobiletl.graphs import graphed
+from papers.mobiletl.models import create, fig1_block
 from papers.mobiletl.peers import checkpointed, compiled
 from shared.measure import Ratio, measure, peak_allocated_bytes
 
@@ -72,7 +75,7 @@ def training_step(model: nn.Module, batch: int, *, device: str = "cuda") -> Step
     return Step(run, (torch.cuda.memory_allocated() if device == "cuda" else 0) - before)
 
 
-def graphed(step: Step) -> Callable[[], object]:
+def captured(step: Step) -> Callable[[], object]:
     """The same step captured as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -84,6 +87,22 @@ def graphed(step: Step) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         step.run()
     return graph.replay
+
+
+def graphed_loop(model: nn.Module, batch: int) -> Callable[[], object]:
+    """A step whose forward and backward passes :func:`papers.mobiletl.graphs.graphed` replays; loss and optimizer are launched."""
+    images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, device="cuda")
+    labels = torch.randint(0, 10, (batch,), device="cuda")
+    model = model.to("cuda").train()
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=1e-4), lr=1e-4, fused=True)
+    model = graphed(model, images)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return run
 
 
 def saved_bytes(model: nn.Module, batch: int) -> int:
@@ -128,6 +147,48 @@ def kernel_errors() -> dict[str, float]:
     return errors
 
 
+def block_errors() -> dict[str, float]:
+    """Largest relative error of result and gradients of a fused block in float32 against float64, TF32 off; by block and gradient."""
+    torch.manual_seed(0)
+    errors: dict[str, float] = {}
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    for version in ("v2", "v3"):
+        holder = nn.Sequential(fig1_block(version)).cuda().train()
+        convert_block(holder, "0", act_backward="step", inner_norm="shift", recompute=False)
+        x, dy = (torch.randn(8, 96, 7, 7, device="cuda", dtype=torch.float64) for _ in range(2))
+        results: list[dict[str, torch.Tensor]] = []
+        for dtype in (torch.float32, torch.float64):
+            block = copy.deepcopy(holder).to(dtype)
+            inputs = x.to(dtype).requires_grad_()
+            y = block(inputs)
+            y.backward(dy.to(dtype))
+            found = {"y": y.detach(), "dx": inputs.grad, **{name: p.grad for name, p in block.named_parameters()}}
+            results.append({name: value.double() for name, value in found.items() if value is not None})
+        for name, reference in results[1].items():
+            errors[f"{version} {name}"] = float((results[0][name] - reference).norm() / reference.norm())
+    torch.backends.cudnn.allow_tf32 = tf32
+    return errors
+
+
+def graph_errors() -> dict[str, float]:
+    """Largest relative error of a gradient and largest difference of a statistic, ``graphed`` against eager, after two steps."""
+    torch.manual_seed(0)
+    base, images = create(MODELS[0]), torch.randn(8, 3, RESOLUTION, RESOLUTION, device="cuda")
+    labels = torch.randint(0, 10, (8,), device="cuda")
+    eager, replayed = (adapt(base, "mobiletl", 5).cuda().train() for _ in range(2))
+    replayed = graphed(replayed, images)
+    for _ in range(2):
+        for model in (eager, replayed):
+            model.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+    pairs = [(p.grad, q.grad) for p, q in zip(eager.parameters(), replayed.parameters(), strict=True)]
+    gradient = max(
+        float((b - a).norm() / a.norm().clamp_min(1e-6)) for a, b in pairs if a is not None and b is not None
+    )
+    buffers = zip(eager.buffers(), replayed.buffers(), strict=True)
+    return {"gradient": gradient, "statistic": max(float((b - a).abs().float().max()) for a, b in buffers)}
+
+
 def kernel_times() -> list[dict[str, Any]]:
     """Forward and backward of one internal norm and activation: trained norm + Hard-Swish against the fused layer; µs and GB/s."""
     rows = []
@@ -145,7 +206,7 @@ def kernel_times() -> list[dict[str, Any]]:
             y = shift_act(x, p[0], b, p[2], p[3], 1e-5, "hard_swish")
             torch.autograd.grad(y, (x, b), dy)
 
-        functions = {"plain": graphed(Step(plain, 0)), "fused": graphed(Step(fused, 0))}
+        functions = {"plain": captured(Step(plain, 0)), "fused": captured(Step(fused, 0))}
         timings = measure(functions, device="cuda", rounds=15, min_round_s=0.01)
         bytes_moved = 4 * x.numel() * 4 + 2 * x.numel() / 8
         fused_s = timings.by_name["fused"].median_s
@@ -190,10 +251,12 @@ def network(name: str, batch: int, blocks: int) -> dict[str, Any]:
         steps[key] = step
     timings = measure({key: step.run for key, step in steps.items()}, device="cuda", rounds=15, min_round_s=0.03)
     graphs = {
-        key: graphed(steps[key])
+        key: captured(steps[key])
         for key in ("ft_all", "ft_blocks", "mobiletl", "mobiletl_recompute", "ft_blocks_checkpoint")
     }
     replays = measure(graphs, device="cuda", rounds=15, min_round_s=0.03)
+    loops = {key: graphed_loop(builders[key](), batch) for key in ("ft_blocks", "mobiletl", "mobiletl_recompute")}
+    loop_times = measure(loops, device="cuda", rounds=21, min_round_s=0.05)
     for key, row in rows.items():
         timing = timings.by_name[key]
         row |= {"step_s": timing.median_s, "q1_s": timing.q1_s, "q3_s": timing.q3_s}
@@ -202,6 +265,11 @@ def network(name: str, batch: int, blocks: int) -> dict[str, Any]:
             row |= {
                 "graph_step_s": replays.by_name[key].median_s,
                 "graph_over_ft_blocks": _ratio(replays.ratio(key, "ft_blocks")),
+            }
+        if key in loops:
+            row |= {
+                "loop_step_s": loop_times.by_name[key].median_s,
+                "loop_over_ft_blocks": _ratio(loop_times.ratio(key, "ft_blocks")),
             }
     return {"model": name, "batch": batch, "blocks": blocks, "rows": rows}
 
@@ -223,6 +291,8 @@ def measure_all(
         "date": time.strftime("%Y-%m-%d"),
         "copy_bytes_per_s": copy_bandwidth_bytes_per_s(),
         "kernel_errors": kernel_errors(),
+        "block_errors": block_errors(),
+        "graph_errors": graph_errors(),
         "networks": [],
     }
     for name in MODELS:

@@ -11,10 +11,20 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidua
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from papers.mobiletl.functional import STEP_ACTIVATIONS, activate, hard_sigmoid, packed_act, shift_act, shift_norm
+from papers.mobiletl.functional import (
+    STEP_ACTIVATIONS,
+    TWO_VALUED,
+    activate,
+    coded_hard_swish,
+    hard_sigmoid,
+    packed_act,
+    shift_act,
+    shift_norm,
+)
 from shared.errors import UserError
 
 INT8_MAX = 127
+CODED = {"2bit": 2, "4bit": 4}  # values of act_backward that keep a coarse derivative, and its bits
 
 _ACTIVATION_NAMES = {
     "ReLU": "relu",
@@ -44,7 +54,8 @@ class ShiftNormAct(nn.Module):
     """Norm and activation inside a block: frozen scale and statistics in every mode, a trained shift (Sec. 3.2, 3.3).
 
     ``act_backward="step"`` keeps one bit per element for the backward pass; ``"exact"`` keeps what the activation's own derivative
-    needs. The forward pass is the base network's with frozen statistics, bit for bit on CPU.
+    needs; ``"2bit"`` and ``"4bit"`` keep as many bits of Hard-Swish's derivative (ReLU and ReLU6 need one, exactly). The forward pass
+    is the base network's with frozen statistics, bit for bit on CPU.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, activation: nn.Module, act_backward: str = "step") -> None:
@@ -60,6 +71,10 @@ class ShiftNormAct(nn.Module):
         self.eps = norm.eps
         self.activation = activation_name(activation)
         self.act_backward = act_backward
+        if act_backward in CODED and self.activation == "silu":
+            raise UserError(
+                "act_backward 2bit and 4bit are for Hard-Swish, this network has SiLU: choose step or exact"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -67,7 +82,13 @@ class ShiftNormAct(nn.Module):
         if self.act_backward == "step" and self.activation != "identity":
             return shift_act(x, self.weight, self.bias, *constants, self.activation)
         u = shift_norm(x, self.weight, self.bias, *constants)
-        return u if self.activation == "identity" else activate(u, self.activation)
+        if self.activation == "identity":
+            return u
+        if self.act_backward in CODED:
+            if self.activation in TWO_VALUED:
+                return packed_act(u, self.activation, step=False)
+            return coded_hard_swish(u, CODED[self.act_backward])
+        return activate(u, self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.bias.numel()}, eps={self.eps}, activation={self.activation}, act_backward={self.act_backward}"
@@ -150,7 +171,11 @@ class PackedActivation(nn.Module):
         return f"{self.activation}, step={self.step}"
 
 
-class Recomputing(nn.Module):
+class Adapted:
+    """Marks a block that was converted in place: a timm block by its parameters and its results."""
+
+
+class Recomputing(Adapted, nn.Module):
     """A block whose expanded maps are computed again in the backward pass: kept are its input and the last norm's input.
 
     The internal norms use frozen statistics, so the second forward pass gives the same numbers and changes nothing.

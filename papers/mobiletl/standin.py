@@ -6,7 +6,7 @@ network from one seed, or transfers it in one way at every rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from papers.mobiletl.anatomy import forward_from, forward_to
-from papers.mobiletl.convert import adapt, parameter_groups
+from papers.mobiletl.convert import THROUGH, adapt, parameter_groups
 from papers.mobiletl.models import create
 from shared.data.digits import load_digits
 from shared.data.mnist import load_mnist
@@ -147,8 +147,8 @@ def transfer(
     """
     torch.manual_seed(seed + 1)
     base.classifier = nn.Linear(base.classifier.in_features, CLASSES)  # type: ignore[union-attr,arg-type]
-    model = adapt(base, method, blocks, **switches)
-    if method in ("bias", "norm", "ft_all"):
+    model = adapt(base, method, blocks, resolution=task.train.images.shape[-1], **switches)
+    if method in (*THROUGH, "ft_all"):
         _train(model, model, task.train.images, task.train.labels, lr=lr, epochs=epochs, batch=batch, seed=seed)
     else:
         with torch.no_grad():
@@ -186,6 +186,6 @@ def transfer_job(
     return scores
 
 
-def best_rate(results: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
-    """The rate with the best mean validation accuracy over seeds (one result each); the lower one of two equals."""
-    return max(sorted(results[0], key=float), key=lambda rate: sum(result[rate]["validation"] for result in results))
+def best_rate(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """The rate with the best validation accuracy; the lower one of two equals."""
+    return max(sorted(scores, key=float), key=lambda rate: scores[rate]["validation"])

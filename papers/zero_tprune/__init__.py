@@ -19,8 +19,8 @@ _HOME = {
     "family": "plans",
     "prune": "pruner",
     "shape_of": "shape",
-    "solve": "solve",
-    "solve_latency": "solve",
+    "solve": "budget",
+    "solve_latency": "budget",
 }
 __all__ = list(_HOME)
 

@@ -25,30 +25,31 @@ class Digits:
     labels: Tensor
 
     def canvases(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``count`` normalised canvases [count, 1, 40, 40] and the labels of their targets."""
+        """``count`` normalised canvases [count, 1, 40, 40] and the labels of their targets, on the generator's device."""
+        where = generator.device
 
         def place(limit: int) -> tuple[Tensor, Tensor]:
-            return (torch.randint(0, limit, (count,), generator=generator) for _ in range(2))  # type: ignore[return-value]
+            return (torch.randint(0, limit, (count,), generator=generator, device=where) for _ in range(2))  # type: ignore[return-value]
 
-        coarse = torch.rand(count, 1, 6, 6, generator=generator)
+        coarse = torch.rand(count, 1, 6, 6, generator=generator, device=where)
         canvas = F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0] * 0.25
-        canvas = canvas + 0.05 * torch.randn(count, SIZE, SIZE, generator=generator)
+        canvas = canvas + 0.05 * torch.randn(count, SIZE, SIZE, generator=generator, device=where)
         for _ in range(DISTRACTORS):
-            other = torch.randint(0, len(self.labels), (count,), generator=generator)
+            other = torch.randint(0, len(self.labels), (count,), generator=generator, device=where)
             inner = (DIGIT - CROP) // 2
             crop_y, crop_x = (inner // 2 + p for p in place(inner))
             piece = _window(self.images[other], crop_y, crop_x, CROP) * 0.8
             canvas = torch.maximum(canvas, _paste(piece, *place(SIZE - CROP + 1)))
-        target = torch.randint(0, len(self.labels), (count,), generator=generator)
+        target = torch.randint(0, len(self.labels), (count,), generator=generator, device=where)
         canvas = torch.maximum(canvas, _paste(self.images[target], *place(SIZE - DIGIT + 1)))
         return ((canvas - MEAN) / SCALE)[:, None], self.labels[target]
 
 
 def _window(images: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """Windows [B, size, size] of images [B, h, w] at corners (y, x)."""
-    rows = y[:, None, None] + torch.arange(size)[None, :, None]
-    columns = x[:, None, None] + torch.arange(size)[None, None, :]
-    return images[torch.arange(len(images))[:, None, None], rows, columns]
+    rows = y[:, None, None] + torch.arange(size, device=y.device)[None, :, None]
+    columns = x[:, None, None] + torch.arange(size, device=y.device)[None, None, :]
+    return images[torch.arange(len(images), device=y.device)[:, None, None], rows, columns]
 
 
 def _paste(pieces: Tensor, y: Tensor, x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def latency(
 def latency_function(
     shape: Shape, device: Device, batch: int, dtype: str, assumed: Assumed, scoring: Scoring = "streamed"
 ) -> Callable[[Plan | None], float]:
-    """Seconds per batch of any plan on a device: what :func:`papers.zero_tprune.solve.solve_latency` needs."""
+    """Seconds per batch of any plan on a device: what :func:`papers.zero_tprune.budget.solve_latency` needs."""
     return lambda plan: latency(shape, plan, device, batch, dtype, assumed, scoring).latency_s
 
 

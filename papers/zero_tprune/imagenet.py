@@ -6,7 +6,7 @@ sorted order. A ``train`` folder beside ``val`` serves the schedule search, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from shared.errors import UserError
 def create(name: str, weights: str | None = None, *, pretrained: bool = False, **options: Any) -> Any:
     """A timm model in evaluation mode: random, pretrained (needs a network or a filled cache), or with the weights of a file.
 
+    A file decides the number of classes, where ``num_classes`` does not.
+
     Raises:
         UserError: an unknown name, or weights that are missing or belong to another model.
     """
@@ -28,6 +30,9 @@ def create(name: str, weights: str | None = None, *, pretrained: bool = False, *
 
     import timm
 
+    state = None if weights is None else read_weights(Path(weights))
+    if state is not None and "head.weight" in state:
+        options = {"num_classes": len(state["head.weight"]), **options}
     try:
         model = timm.create_model(name, pretrained=pretrained and weights is None, **options)
     except RuntimeError as error:
@@ -38,29 +43,37 @@ def create(name: str, weights: str | None = None, *, pretrained: bool = False, *
         raise UserError(f"cannot create {name}: {' '.join(str(error).split())[:200]}") from error
     except OSError as error:
         raise UserError(f"no pretrained weights for {name} without a network: give weights=FILE") from error
-    if weights is not None:
-        load_weights(model, Path(weights))
+    if state is not None:
+        load_weights(model, state, str(weights))
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def read_weights(path: Path) -> Mapping[str, Tensor]:
     """A state dict from a file: plain, or under ``model`` or ``state_dict`` as training scripts save it; .safetensors too.
 
     Raises:
-        UserError: no such file, no state dict, or the keys or shapes are another model's.
+        UserError: no such file, or no state dict in it.
     """
     from timm.models import load_state_dict
 
     try:
-        state = load_state_dict(str(path))
+        return dict(load_state_dict(str(path)))
     except FileNotFoundError:
         raise UserError(f"weights={path} does not exist") from None
     except Exception as error:  # unpickling raises many kinds, and all of them mean the same here
         raise UserError(f"{path} holds no state dict: {type(error).__name__}") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that came from ``source``.
+
+    Raises:
+        UserError: the keys or shapes are another model's.
+    """
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"the weights in {path} are another model's: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"the weights in {source} are another model's: {' '.join(str(error).split())[:200]}") from error
 
 
 def image_folder(root: str | Path, split: str = "val") -> Path:

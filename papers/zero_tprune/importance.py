@@ -47,7 +47,7 @@ def wpr(a: Tensor, s: Tensor, iterations: int) -> Tensor:
     """
     s = s.expand(a.shape[:-1])
     for _ in range(iterations):
-        s = torch.einsum("...qk,...q->...k", a, s)
+        s = (s[..., None, :] @ a)[..., 0, :]  # a row vector times A: Aᵀ s
     return s
 
 

@@ -9,25 +9,30 @@ their size); above, rows are normalised by their log-sum-exp and each vote strea
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from papers.zero_tprune.importance import start_vector, start_weights
 from papers.zero_tprune.triton_kernels import log_sum_exp, vote_long, votes_short
-from papers.zero_tprune.triton_kernels import select_top as select_top_kernel
-from papers.zero_tprune.triton_kernels import select_unique as select_unique_kernel
+from papers.zero_tprune.triton_select import select_top as select_top_kernel
+from papers.zero_tprune.triton_select import select_unique as select_unique_kernel
 
 SHORT = 256  # tokens that fit one program
 
-# Rows per tile, warps and pipeline stages of the short votes, fastest on an H100 (python -m papers.zero_tprune.gpu --only tune), by
-# columns in units of 64, more than one vote, and bytes per value.
-TUNED = {
-    (1, False, 2): (64, 4, 1), (2, False, 2): (64, 4, 1), (3, False, 2): (64, 4, 3), (4, False, 2): (64, 4, 3),
-    (1, True, 2): (64, 4, 1), (2, True, 2): (64, 4, 1), (3, True, 2): (64, 8, 1), (4, True, 2): (64, 8, 1),
-    (1, False, 4): (64, 4, 1), (2, False, 4): (64, 4, 3), (3, False, 4): (64, 4, 3), (4, False, 4): (64, 4, 3),
-    (1, True, 4): (64, 4, 1), (2, True, 4): (64, 4, 1), (3, True, 4): (64, 8, 1), (4, True, 4): (128, 8, 1),
+# Widths of two or three column tiles, powers of two. 197 tokens, the most common number, are not worth 256 columns.
+TILES = ((32, 32, 0), (64, 16, 0), (64, 32, 0), (64, 64, 0), (128, 16, 0), (128, 32, 0), (128, 64, 0), (128, 64, 16), (128, 64, 32),
+         (128, 128, 0))  # fmt: skip
+
+# Rows per tile, warps, pipeline stages and whether tiles are added up in registers, fastest on an H100
+# (python -m papers.zero_tprune.gpu --only tune), by columns in units of 64, more than one vote, and bytes per value.
+Tuning: TypeAlias = tuple[int, int, int, bool]
+TUNED: dict[tuple[int, bool, int], Tuning] = {
+    (1, False, 2): (64, 4, 1, True), (2, False, 2): (64, 4, 1, True), (3, False, 2): (64, 4, 3, True), (4, False, 2): (64, 4, 3, False),
+    (1, True, 2): (64, 4, 1, True), (2, True, 2): (64, 4, 1, True), (3, True, 2): (64, 8, 1, True), (4, True, 2): (64, 8, 1, True),
+    (1, False, 4): (64, 4, 1, True), (2, False, 4): (64, 4, 3, True), (3, False, 4): (64, 4, 3, True), (4, False, 4): (64, 4, 3, False),
+    (1, True, 4): (64, 4, 1, True), (2, True, 4): (64, 4, 1, True), (3, True, 4): (64, 8, 1, True), (4, True, 4): (128, 8, 1, True),
 }  # fmt: skip
 _LOG2E = 1.4426950408889634
 
@@ -46,6 +51,11 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def columns(n: int) -> tuple[int, int, int]:
+    """Widths of the column tiles that cover n <= 256 tokens with the least waste."""
+    return next(widths for widths in TILES if sum(widths) >= n)
+
+
 def votes(
     q: Tensor,
     k: Tensor,
@@ -54,7 +64,7 @@ def votes(
     readers: int,
     iterations: int,
     *,
-    tuning: tuple[int, int, int] | None = None,
+    tuning: Tuning | None = None,
 ) -> Tensor:
     """WPR scores [B, H, n] of the sub-graph on the rows ``index`` [B, n] (int32; all rows if None), rows renormalised, mean 1.
 
@@ -83,20 +93,19 @@ def class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _short(
     q: Tensor, k: Tensor, index: Tensor | None, n: int, scale: float, start: tuple[int, float, float], iterations: int, *,
-    rows: int | None = None, tuning: tuple[int, int, int] | None = None,
+    rows: int | None = None, tuning: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     """Votes of the first ``rows`` rows up to 256 tokens; ``start``: how many tokens start heavy, and the two weights."""
     images, heads = q.shape[:2]
     s = torch.empty(images, heads, n, device=q.device)
-    wide = {1: (32, 32), 2: (64, 64), 3: (128, 64), 4: (128, 128)}[-(-n // 64)]
     cached, rows = iterations > 1, n if rows is None else rows
-    block, warps, stages = tuning or TUNED[-(-n // 64), cached, q.element_size()]
-    tiles, tail, rest = -(-rows // block), 0, rows % block
+    block, warps, stages, held = tuning or TUNED[-(-n // 64), cached, q.element_size()]
+    tiles, tail, rest, (na, nb, nc) = -(-rows // block), 0, rows % block, columns(n)
     if q.element_size() == 2 and not cached and 0 < rest <= 32:  # a last tile of few rows is not worth a whole one
         tiles, tail = rows // block, 16 if rest <= 16 else 32
     votes_short[(images * heads,)](
-        q, k, q if index is None else index, s, *_arguments(q, k, n, scale), *start, iterations, M=block, NA=wide[0], NB=wide[1],
-        TILES=tiles, TAIL=tail, CACHED=cached, MASK_A=n < wide[0], num_warps=warps, num_stages=stages, **_flags(q, index),
+        q, k, q if index is None else index, s, *_arguments(q, k, n, scale), *start, iterations, M=block, NA=na, NB=nb, NC=nc,
+        TILES=tiles, TAIL=tail, CACHED=cached, HELD=held, MASK_A=n < na, num_warps=warps, num_stages=stages, **_flags(q, index),
     )  # fmt: skip
     return s
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from papers.zero_tprune import importance, selection
 from papers.zero_tprune.inside import InsideBlocks
-from papers.zero_tprune.plans import Layer, Plan, Rule, Schedule
+from papers.zero_tprune.plans import ATS, EViT, Layer, Plan, Rule, Schedule, ToMe
 from papers.zero_tprune.selection import Tokens
 from shared.errors import UserError, unknown
 
@@ -92,6 +92,8 @@ class Pruner:
     def plan(self, plan: Plan) -> None:
         if not self._handles:
             raise UserError("this pruner was removed from its model: call prune(model, plan) again")
+        if not isinstance(plan, Schedule | ToMe | EViT | ATS):
+            raise UserError(f"{plan!r} is no plan: give solve(model, flops=0.65), a Schedule, ToMe, EViT or ATS")
         if isinstance(plan, Schedule):
             if plan.layers and plan.layers[-1].after > self.depth:
                 raise UserError(
@@ -201,6 +203,10 @@ def check_backbone(model: Any) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     name = type(model).__name__
+    if isinstance(model, str):
+        raise UserError(f"'{model}' is a name: give the model, timm.create_model('{model}')")
+    if isinstance(getattr(model, "module", None), VisionTransformer):
+        raise UserError(f"{name} wraps the model: give what it wraps, its .module")
     if not isinstance(model, VisionTransformer):
         raise UserError(
             f"{name} is not a plain timm VisionTransformer: windows, pooling, convolutions or rotary positions need tokens in their "

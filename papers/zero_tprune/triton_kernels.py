@@ -1,4 +1,4 @@
-"""The Triton kernels behind :mod:`papers.zero_tprune.kernels`.
+"""The Triton kernels that vote; :mod:`papers.zero_tprune.kernels` calls them.
 
 Legend: n tokens of a sub-graph, D head width, M rows and N columns of a tile. Arguments that change from call to call are not specialised,
 so that every layer of a model shares one compiled kernel.
@@ -50,20 +50,44 @@ def _dot(x_high, x_low, y_high, y_low, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _exp_rows(q, ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A: tl.constexpr, SPLIT: tl.constexpr):
-    """exp2 of the logits of some rows against two groups of columns, shifted by each row's maximum, and the row sums.
+def _exp_rows(
+    q,
+    ka,
+    kal,
+    kb,
+    kbl,
+    kc,
+    kcl,
+    bias_a,
+    bias_b,
+    bias_c,
+    scale,
+    MASK_A: tl.constexpr,
+    NC: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """exp2 of the scaled logits of some rows against two or three groups of columns, shifted by each row's maximum, and the row sums.
 
-    The biases are 0 for columns that exist and -inf for others.
+    The biases are 0 for columns that exist and -inf for others; with two groups the third result is the second. ``scale`` is positive.
     """
     high, low = _split(q, SPLIT)
-    la = _dot(high, low, ka, kal, SPLIT) * scale
+    la = _dot(high, low, ka, kal, SPLIT)
     if MASK_A:
         la += bias_a[None, :]
-    lb = _dot(high, low, kb, kbl, SPLIT) * scale + bias_b[None, :]
-    top = tl.maximum(tl.max(la, 1), tl.max(lb, 1))[:, None]
-    ea = tl.exp2(la - top)
-    eb = tl.exp2(lb - top)
-    return ea, eb, tl.sum(ea, 1) + tl.sum(eb, 1)
+    lb = _dot(high, low, kb, kbl, SPLIT) + bias_b[None, :]
+    top = tl.maximum(tl.max(la, 1), tl.max(lb, 1))
+    if NC > 0:
+        lc = _dot(high, low, kc, kcl, SPLIT) + bias_c[None, :]
+        top = tl.maximum(top, tl.max(lc, 1))
+    shift = (top * scale)[:, None]  # scaled after the maximum: one multiply-add per logit
+    ea = tl.exp2(la * scale - shift)
+    eb = tl.exp2(lb * scale - shift)
+    total = tl.sum(ea, 1) + tl.sum(eb, 1)
+    ec = eb
+    if NC > 0:
+        ec = tl.exp2(lc * scale - shift)
+        total += tl.sum(ec, 1)
+    return ea, eb, ec, total
 
 
 @triton.jit
@@ -81,16 +105,34 @@ def _weight(s, total, first, n, M: tl.constexpr):
     return (tl.load(s + place, mask=place < n, other=0.0) / total)[:, None]
 
 
+@triton.jit
+def _first_vote(
+    q, index, first, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy, light,
+    D: tl.constexpr, M: tl.constexpr, MASK_A: tl.constexpr, NC: tl.constexpr, INDEXED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """exp(logits) of the rows first … first + M, their sums, and what each row gives per unit of exp(logit)."""
+    rows, inside = _row_ids(index, first, n, M, INDEXED)
+    tile = _rows(q, rows, inside, stride_qn, D)
+    ea, eb, ec, total = _exp_rows(tile, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, MASK_A, NC, SPLIT)
+    return ea, eb, ec, total, _start(total, first, n, readers, heavy, light, M)
+
+
 @triton.jit(do_not_specialize=["n", "heads", "readers", "iterations"])
 def votes_short(
     q, k, index, s, n, heads, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, scale, readers, heavy, light,
-    iterations, D: tl.constexpr, M: tl.constexpr, NA: tl.constexpr, NB: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
-    CACHED: tl.constexpr, MASK_A: tl.constexpr, INDEXED: tl.constexpr, SPLIT: tl.constexpr,
+    iterations, D: tl.constexpr, M: tl.constexpr, NA: tl.constexpr, NB: tl.constexpr, NC: tl.constexpr, TILES: tl.constexpr,
+    TAIL: tl.constexpr, CACHED: tl.constexpr, HELD: tl.constexpr, MASK_A: tl.constexpr, INDEXED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All votes of one head of one image (one vote unless CACHED): NA + NB >= n columns, TILES tiles of M rows, then TAIL rows.
+    """All votes of one head of one image (one vote unless CACHED): NA + NB + NC >= n columns, TILES tiles of M rows, then TAIL rows.
 
-    Sums across threads cost more than the votes themselves, so tiles are added up first where the registers allow it.
+    Widths of tiles are powers of two, hence three groups of columns (NC = 0: two). Sums across threads cost more than the votes
+    themselves, so tiles are added up first where the registers allow it (HELD).
     """
+    scale, heavy, light = (
+        tl.cast(scale, tl.float32),
+        tl.cast(heavy, tl.float32),
+        tl.cast(light, tl.float32),
+    )  # compiled: float64
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     q += image.to(tl.int64) * stride_qb + head * stride_qh
     k += image.to(tl.int64) * stride_kb + head * stride_kh
@@ -103,79 +145,107 @@ def votes_short(
     bias_a = tl.where(in_a, 0.0, float("-inf"))
     bias_b = tl.where(in_b, 0.0, float("-inf"))
     out_a, out_b = tl.arange(0, NA), NA + tl.arange(0, NB)
+    kc, kcl, bias_c, in_c, out_c = kb, kbl, bias_b, in_b, out_b
+    if NC > 0:
+        ids_c, in_c = _row_ids(index, NA + NB, n, NC, INDEXED)
+        kc, kcl = _split(_rows(k, ids_c, in_c, stride_kn, D), SPLIT)
+        bias_c = tl.where(in_c, 0.0, float("-inf"))
+        out_c = NA + NB + tl.arange(0, NC)
     if CACHED:  # the first vote keeps exp(logits) in half precision, the others only read it
-        rows, inside = _row_ids(index, 0, n, M, INDEXED)
-        ea, eb, t0 = _exp_rows(
-            _rows(q, rows, inside, stride_qn, D), ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A, SPLIT
-        )
-        w = _start(t0, 0, n, readers, heavy, light, M)
-        sum_a, sum_b = ea * w, eb * w
-        a0, b0 = ea.to(tl.float16), eb.to(tl.float16)
+        ea, eb, ec, t0, w = _first_vote(
+            q, index, 0, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy, light,
+            D, M, MASK_A, NC, INDEXED, SPLIT)  # fmt: skip
+        sum_a, sum_b, sum_c = ea * w, eb * w, ec * w
+        a0, b0, c0 = ea.to(tl.float16), eb.to(tl.float16), ec.to(tl.float16)
         if TILES > 1:
-            rows, inside = _row_ids(index, M, n, M, INDEXED)
-            ea, eb, t1 = _exp_rows(
-                _rows(q, rows, inside, stride_qn, D), ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A, SPLIT
-            )
-            w = _start(t1, M, n, readers, heavy, light, M)
-            sum_a, sum_b = sum_a + ea * w, sum_b + eb * w
-            a1, b1 = ea.to(tl.float16), eb.to(tl.float16)
+            ea, eb, ec, t1, w = _first_vote(
+                q, index, M, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy, light,
+                D, M, MASK_A, NC, INDEXED, SPLIT)  # fmt: skip
+            sum_a, sum_b, sum_c = sum_a + ea * w, sum_b + eb * w, sum_c + ec * w
+            a1, b1, c1 = ea.to(tl.float16), eb.to(tl.float16), ec.to(tl.float16)
         if TILES > 2:
-            rows, inside = _row_ids(index, 2 * M, n, M, INDEXED)
-            ea, eb, t2 = _exp_rows(
-                _rows(q, rows, inside, stride_qn, D), ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A, SPLIT
-            )
-            w = _start(t2, 2 * M, n, readers, heavy, light, M)
-            sum_a, sum_b = sum_a + ea * w, sum_b + eb * w
-            a2, b2 = ea.to(tl.float16), eb.to(tl.float16)
+            ea, eb, ec, t2, w = _first_vote(
+                q, index, 2 * M, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy, light,
+                D, M, MASK_A, NC, INDEXED, SPLIT)  # fmt: skip
+            sum_a, sum_b, sum_c = sum_a + ea * w, sum_b + eb * w, sum_c + ec * w
+            a2, b2, c2 = ea.to(tl.float16), eb.to(tl.float16), ec.to(tl.float16)
         if TILES > 3:
-            rows, inside = _row_ids(index, 3 * M, n, M, INDEXED)
-            ea, eb, t3 = _exp_rows(
-                _rows(q, rows, inside, stride_qn, D), ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A, SPLIT
-            )
-            w = _start(t3, 3 * M, n, readers, heavy, light, M)
-            sum_a, sum_b = sum_a + ea * w, sum_b + eb * w
-            a3, b3 = ea.to(tl.float16), eb.to(tl.float16)
+            ea, eb, ec, t3, w = _first_vote(
+                q, index, 3 * M, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy, light,
+                D, M, MASK_A, NC, INDEXED, SPLIT)  # fmt: skip
+            sum_a, sum_b, sum_c = sum_a + ea * w, sum_b + eb * w, sum_c + ec * w
+            a3, b3, c3 = ea.to(tl.float16), eb.to(tl.float16), ec.to(tl.float16)
         a, b = tl.sum(sum_a, 0), tl.sum(sum_b, 0)
+        if NC > 0:
+            c = tl.sum(sum_c, 0)
         for _ in range(1, iterations):
             tl.store(s + out_a, a, mask=in_a)
             tl.store(s + out_b, b, mask=in_b)
+            if NC > 0:
+                tl.store(s + out_c, c, mask=in_c)
             tl.debug_barrier()
             w = _weight(s, t0, 0, n, M)
-            sum_a, sum_b = a0.to(tl.float32) * w, b0.to(tl.float32) * w
+            sum_a, sum_b, sum_c = a0.to(tl.float32) * w, b0.to(tl.float32) * w, c0.to(tl.float32) * w
             if TILES > 1:
                 w = _weight(s, t1, M, n, M)
-                sum_a, sum_b = sum_a + a1.to(tl.float32) * w, sum_b + b1.to(tl.float32) * w
+                sum_a, sum_b, sum_c = (
+                    sum_a + a1.to(tl.float32) * w,
+                    sum_b + b1.to(tl.float32) * w,
+                    sum_c + c1.to(tl.float32) * w,
+                )
             if TILES > 2:
                 w = _weight(s, t2, 2 * M, n, M)
-                sum_a, sum_b = sum_a + a2.to(tl.float32) * w, sum_b + b2.to(tl.float32) * w
+                sum_a, sum_b, sum_c = (
+                    sum_a + a2.to(tl.float32) * w,
+                    sum_b + b2.to(tl.float32) * w,
+                    sum_c + c2.to(tl.float32) * w,
+                )
             if TILES > 3:
                 w = _weight(s, t3, 3 * M, n, M)
-                sum_a, sum_b = sum_a + a3.to(tl.float32) * w, sum_b + b3.to(tl.float32) * w
+                sum_a, sum_b, sum_c = (
+                    sum_a + a3.to(tl.float32) * w,
+                    sum_b + b3.to(tl.float32) * w,
+                    sum_c + c3.to(tl.float32) * w,
+                )
             a, b = tl.sum(sum_a, 0), tl.sum(sum_b, 0)
+            if NC > 0:
+                c = tl.sum(sum_c, 0)
             tl.debug_barrier()
     else:
         a, b = tl.zeros([NA], tl.float32), tl.zeros([NB], tl.float32)
-        if NA + NB < 256:
+        if NC > 0:
+            c = tl.zeros([NC], tl.float32)
+        if HELD:
             sum_a, sum_b = tl.zeros([M, NA], tl.float32), tl.zeros([M, NB], tl.float32)
+            if NC > 0:
+                sum_c = tl.zeros([M, NC], tl.float32)
         for first in range(0, TILES * M, M):
-            rows, inside = _row_ids(index, first, n, M, INDEXED)
-            tile = _rows(q, rows, inside, stride_qn, D)
-            ea, eb, total = _exp_rows(tile, ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A, SPLIT)
-            w = _start(total, first, n, readers, heavy, light, M)
-            if NA + NB < 256:
+            ea, eb, ec, _, w = _first_vote(
+                q, index, first, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy, light,
+                D, M, MASK_A, NC, INDEXED, SPLIT)  # fmt: skip
+            if HELD:
                 sum_a, sum_b = sum_a + ea * w, sum_b + eb * w
+                if NC > 0:
+                    sum_c += ec * w
             else:
                 a, b = a + tl.sum(ea * w, 0), b + tl.sum(eb * w, 0)
-        if NA + NB < 256:
+                if NC > 0:
+                    c += tl.sum(ec * w, 0)
+        if HELD:
             a, b = tl.sum(sum_a, 0), tl.sum(sum_b, 0)
+            if NC > 0:
+                c = tl.sum(sum_c, 0)
         if TAIL > 0:
-            rows, inside = _row_ids(index, TILES * M, n, TAIL, INDEXED)
-            tile = _rows(q, rows, inside, stride_qn, D)
-            ea, eb, total = _exp_rows(tile, ka, kal, kb, kbl, bias_a, bias_b, scale, MASK_A, SPLIT)
-            w = _start(total, TILES * M, n, readers, heavy, light, TAIL)
+            ea, eb, ec, _, w = _first_vote(
+                q, index, TILES * M, n, stride_qn, ka, kal, kb, kbl, kc, kcl, bias_a, bias_b, bias_c, scale, readers, heavy,
+                light, D, TAIL, MASK_A, NC, INDEXED, SPLIT)  # fmt: skip
             a, b = a + tl.sum(ea * w, 0), b + tl.sum(eb * w, 0)
+            if NC > 0:
+                c += tl.sum(ec * w, 0)
     tl.store(s + out_a, a, mask=in_a)
     tl.store(s + out_b, b, mask=in_b)
+    if NC > 0:
+        tl.store(s + out_c, c, mask=in_c)
 
 
 @triton.jit(do_not_specialize=["n", "heads"])
@@ -184,6 +254,7 @@ def log_sum_exp(
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, INDEXED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Base-2 log-sum-exp of M rows of logits."""
+    scale = tl.cast(scale, tl.float32)
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     q += image.to(tl.int64) * stride_qb + head * stride_qh
     k += image.to(tl.int64) * stride_kb + head * stride_kh
@@ -210,6 +281,7 @@ def vote_long(
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, INDEXED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One vote for N columns: streams over all rows; no atomics, so the bits do not depend on the schedule of the blocks."""
+    scale = tl.cast(scale, tl.float32)
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     q += image.to(tl.int64) * stride_qb + head * stride_qh
     k += image.to(tl.int64) * stride_kb + head * stride_kh
@@ -228,137 +300,3 @@ def vote_long(
         p = tl.exp2(logits - tl.load(lse + place, mask=inside, other=0.0)[:, None])
         result += tl.sum(p * tl.load(s + place, mask=inside, other=0.0)[:, None], 0)
     tl.store(out + tl.program_id(0).to(tl.int64) * n + column + tl.arange(0, N), result, mask=columns)
-
-
-@triton.jit
-def _rank(values, own, place, n, BLOCK: tl.constexpr):
-    """How many of the n ``values`` (in memory) come before ``own`` [BLOCK]: higher ones, and equal ones at a lower place."""
-    rank = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, n, 32):
-        other = first + tl.arange(0, 32)
-        value = tl.load(values + other, mask=other < n, other=float("-inf"))
-        before = (value[None, :] > own[:, None]) | (
-            (value[None, :] == own[:, None]) & (other[None, :] < place[:, None])
-        )
-        rank += tl.sum(((other < n)[None, :] & before).to(tl.int32), 1)
-    return rank
-
-
-@triton.jit
-def _importance(s, n, prefix, heads, low, high, BLOCK: tl.constexpr, RMS: tl.constexpr, FILTER: tl.constexpr):
-    """VHF and EIR of one image: importance of its tokens [BLOCK]."""
-    place = tl.arange(0, BLOCK)
-    patch = (place >= prefix) & (place < n)
-    count = (n - prefix).to(tl.float32)
-    passed = tl.zeros([BLOCK], tl.float32)
-    every = tl.zeros([BLOCK], tl.float32)
-    num_passed = 0.0
-    for head in range(heads):
-        score = tl.load(s + head * n + place, mask=place < n, other=0.0)
-        term = score
-        if RMS:
-            term = score * score
-        every += term
-        if FILTER:
-            mean = tl.sum(tl.where(patch, score, 0.0), 0) / count
-            off = tl.where(patch, score - mean, 0.0)
-            variance = tl.sum(off * off, 0) / count
-            keep = tl.where((variance >= low) & (variance <= high), 1.0, 0.0)
-            passed += keep * term
-            num_passed += keep
-    total = every / heads
-    if FILTER:
-        total = tl.where(num_passed > 0.0, passed / tl.maximum(num_passed, 1.0), total)
-    if RMS:
-        total = tl.sqrt(total)
-    return total
-
-
-@triton.jit
-def _emit(keep, index, out, flat, image, n, left, tokens, BLOCK: tl.constexpr, INDEXED: tl.constexpr):
-    """Write the surviving rows in order: token numbers, and rows of the batch seen as one [B·N, D] matrix."""
-    ids, inside = _row_ids(index, 0, n, BLOCK, INDEXED)
-    keep = keep & inside
-    where = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(out + image * left + where, ids, mask=keep)
-    tl.store(flat + image * left + where, (image * tokens).to(tl.int64) + ids, mask=keep)
-
-
-@triton.jit(do_not_specialize=["n", "left", "tokens", "prefix", "heads"])
-def select_top(
-    s, index, scratch, out, flat, n, left, tokens, prefix, heads, low, high,
-    BLOCK: tl.constexpr, RMS: tl.constexpr, FILTER: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
-    """I-stage: the prefix and the left - prefix patches of highest importance."""
-    image = tl.program_id(0)
-    index += image * n
-    scratch += image * 4 * BLOCK
-    value = _importance(s + image * heads * n, n, prefix, heads, low, high, BLOCK, RMS, FILTER)
-    place = tl.arange(0, BLOCK)
-    tl.store(scratch + place, tl.where((place >= prefix) & (place < n), value, -1.0))
-    tl.debug_barrier()
-    keep = (place < prefix) | (_rank(scratch + prefix, value, place - prefix, n - prefix, BLOCK) < left - prefix)
-    _emit(keep, index, out, flat, image, n, left, tokens, BLOCK, INDEXED)
-
-
-@triton.jit(do_not_specialize=["n", "drop", "left", "tokens", "prefix", "heads", "parts"])
-def select_unique(
-    s, feature, scratch, out, flat, n, drop, left, tokens, prefix, heads, parts, low, high, stride_b,
-    stride_h, stride_n, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RMS: tl.constexpr, FILTER: tl.constexpr,
-    UNIMPORTANT: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """S-stage: all but the ``drop`` patches of one half of the importance order that most resemble one of the other half."""
-    image = tl.program_id(0)
-    feature += image.to(tl.int64) * stride_b
-    values, order, best, gone = (
-        scratch + image * 4 * BLOCK,
-        scratch + image * 4 * BLOCK + BLOCK,
-        scratch + image * 4 * BLOCK + 2 * BLOCK,
-        scratch + image * 4 * BLOCK + 3 * BLOCK,
-    )
-    value = _importance(s + image * heads * n, n, prefix, heads, low, high, BLOCK, RMS, FILTER)
-    place = tl.arange(0, BLOCK)
-    patch = (place >= prefix) & (place < n)
-    tl.store(values + place, tl.where(patch, value, -1.0))
-    tl.store(gone + place, tl.zeros([BLOCK], tl.float32))
-    tl.debug_barrier()
-    rank = _rank(values + prefix, value, place - prefix, n - prefix, BLOCK)
-    tl.store(order + rank, place.to(tl.float32), mask=patch)  # whole numbers below 2^24 are exact
-    tl.debug_barrier()
-    half = (n - prefix) // 2
-    other = n - prefix - half
-    if UNIMPORTANT:
-        a_from, b_from = other, 0
-    else:
-        a_from, b_from = 0, half
-    for a_first in range(0, half, TILE):
-        lane_a = a_first + tl.arange(0, TILE)
-        a = tl.load(order + a_from + lane_a, mask=lane_a < half, other=0.0).to(tl.int32)
-        match = tl.full([TILE], -2.0, tl.float32)
-        for b_first in range(0, other, TILE):
-            lane_b = b_first + tl.arange(0, TILE)
-            b = tl.load(order + b_from + lane_b, mask=lane_b < other, other=0.0).to(tl.int32)
-            dots = tl.zeros([TILE, TILE], tl.float32)
-            a_norm = tl.zeros([TILE], tl.float32)
-            b_norm = tl.zeros([TILE], tl.float32)
-            for part in range(parts):
-                fa = _rows(feature + part * stride_h, a, lane_a < half, stride_n, D)
-                fb = _rows(feature + part * stride_h, b, lane_b < other, stride_n, D)
-                ah, al = _split(fa, SPLIT)
-                bh, bl = _split(fb, SPLIT)
-                dots += _dot(ah, al, bh, bl, SPLIT)
-                a_norm += tl.sum(fa.to(tl.float32) * fa.to(tl.float32), 1)
-                b_norm += tl.sum(fb.to(tl.float32) * fb.to(tl.float32), 1)
-            cosine = dots * tl.rsqrt(tl.maximum(a_norm, 1e-24))[:, None] * tl.rsqrt(tl.maximum(b_norm, 1e-24))[None, :]
-            match = tl.maximum(match, tl.max(tl.where((lane_b < other)[None, :], cosine, -2.0), 1))
-        tl.store(best + lane_a, match, mask=lane_a < half)
-    tl.debug_barrier()
-    for a_first in range(0, half, TILE):
-        lane_a = a_first + tl.arange(0, TILE)
-        match = tl.load(best + lane_a, mask=lane_a < half, other=-2.0)
-        similar = _rank(best, match, lane_a, half, TILE) < drop
-        a = tl.load(order + a_from + lane_a, mask=lane_a < half, other=0.0).to(tl.int32)
-        tl.store(gone + a, similar.to(tl.float32), mask=lane_a < half)
-    tl.debug_barrier()
-    keep = tl.load(gone + place) < 0.5
-    _emit(keep, feature, out, flat, image, n, left, tokens, BLOCK, False)

@@ -19,15 +19,6 @@ from shared.measure import measure
 TOKENS, DIM, EXPERTS = 1025, 384, 16
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def layer(top_k: int, order: str) -> MoE:
     return MoE(Experts(DIM, DIM, EXPERTS), Router(DIM, EXPERTS, 1), top_k, order=order).eval()
 
@@ -48,10 +39,10 @@ def test_execution_orders(benchmark: Any) -> None:
     forms = {order: in_order(moe, x, order) for order in ("token_by_token", "expert_by_expert", "grouped")}
     timings = measure({**forms, "dense": lambda: dense(x)}, rounds=9)
     for name in ("token_by_token", "expert_by_expert"):
-        ratio = timings.ratio(name, "grouped")
-        benchmark.extra_info[f"{name} over grouped"] = [ratio.low, ratio.median, ratio.high]
+        ratio = timings.ratio("grouped", name)
+        benchmark.extra_info[f"ratio: grouped / {name}"] = [ratio.low, ratio.median, ratio.high]
     overhead = timings.ratio("grouped", "dense")
-    benchmark.extra_info["grouped over dense MLP of equal FLOPs"] = [overhead.low, overhead.median, overhead.high]
+    benchmark.extra_info["ratio: grouped / dense MLP of equal FLOPs"] = [overhead.low, overhead.median, overhead.high]
     benchmark.pedantic(forms["grouped"], rounds=5, warmup_rounds=1)
     assert timings.ratio("token_by_token", "grouped").low > 2.0
     assert overhead.median < 2.5
@@ -67,7 +58,7 @@ def test_against_a_layer_from_pypi(benchmark: Any) -> None:
         DIM, num_experts=EXPERTS, hidden_dim=DIM, activation=nn.GELU, second_policy_eval="all", capacity_factor_eval=2.0
     ).eval()
     timings = measure({"ours": in_order(ours, x, "grouped"), "peer": lambda: peer(x)}, rounds=9)
-    ratio = timings.ratio("peer", "ours")
-    benchmark.extra_info["mixture-of-experts 0.2.3 over ours"] = [ratio.low, ratio.median, ratio.high]
+    ratio = timings.ratio("ours", "peer")
+    benchmark.extra_info["ratio: ours / mixture-of-experts 0.2.3"] = [ratio.low, ratio.median, ratio.high]
     benchmark.pedantic(in_order(ours, x, "grouped"), rounds=5, warmup_rounds=1)
-    assert ratio.low > 1.0
+    assert ratio.high < 1.0

@@ -52,6 +52,40 @@ def block(cfg: Any, ctx: Context) -> Iterator[Result]:
     )  # fmt: skip
 
 
+@experiment(claims=["derivative_one_bit"])
+def derivative(cfg: Any, ctx: Context) -> Iterator[Result]:
+    """How close Hard-Swish's derivative in b bits is to the exact one, for u ~ N(0, 1), and what the V3 block then keeps."""
+    import torch
+
+    from papers.mobiletl.accounting import stored_bytes
+    from papers.mobiletl.counts import block_roles, trace_layers
+    from papers.mobiletl.functional import derivative_codes, derivative_levels
+    from papers.mobiletl.models import fig1_block
+
+    u = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    weight = torch.exp(-u * u / 2)
+    weight /= weight.sum()
+    exact = ((2 * u + 3) / 6).where(u.abs() <= 3, (u > 0).double())
+    layers = trace_layers(fig1_block("v3"), _BLOCK_INPUT)
+    rows = []
+    for bits, act_backward in ((1, "step"), (2, "2bit"), (4, "4bit"), (32, "exact")):
+        coarse = exact
+        if bits < 32:
+            coarse = torch.tensor(derivative_levels(bits), dtype=u.dtype)[derivative_codes(u, bits).long()]
+        cosine = float(
+            (weight * exact * coarse).sum() / ((weight * exact**2).sum() * (weight * coarse**2).sum()).sqrt()
+        )
+        error = float((weight * (exact - coarse) ** 2).sum())
+        kept = stored_bytes(layers, block_roles(layers, "mobiletl", act_backward=act_backward))
+        rows.append({"bits": bits, "cosine": cosine, "mean squared error": error, "V3 block MB": kept / MB})
+    yield Measurement("derivative_one_bit", rows[0]["cosine"])
+    yield Table(
+        "derivative_bits", "Hard-Swish's derivative in few bits", rows,
+        Plot("line", x="V3 block MB", y="cosine", xlabel="MB that the V3 block keeps", ylabel="cosine with the exact derivative"),
+        note="Inputs drawn from N(0, 1). Levels are means over equal intervals of [-3, 3]; one bit is the step, 32 are exact.",
+    )  # fmt: skip
+
+
 @experiment(claims=["motivation_dense", "motivation_irb", "motivation_factor"])
 def motivation(cfg: Any, ctx: Context) -> Iterator[Result]:
     """The motivation table: a dense 5 x 5 convolution against an inverted residual block of expansion 1; maps alone, ReLU at 1 bit."""
@@ -163,6 +197,7 @@ def memory(cfg: Any, ctx: Context) -> Iterator[Result]:
         "proxyless_mobiletl_4",
         "proxyless_ft_4",
         "proxyless_tinytl_b",
+        "proxyless_tinytl_l",
         "proxyless_gain_1",
     ],
     config=["method"],
@@ -172,8 +207,10 @@ def proxyless(cfg: Any, ctx: Context) -> Iterator[Result]:
     import torch
 
     from papers.mobiletl.accounting import Rules, tinytl_bytes, training_memory
+    from papers.mobiletl.anatomy import anatomy
     from papers.mobiletl.counts import roles, trace_layers
     from papers.mobiletl.models import create
+    from papers.mobiletl.tinytl import add_lite_residuals
 
     with torch.device("meta"):
         model = create("proxyless_mobile", 100)
@@ -199,6 +236,18 @@ def proxyless(cfg: Any, ctx: Context) -> Iterator[Result]:
         yield Measurement(f"proxyless_{claim}", totals[key])
     yield Measurement(
         "proxyless_tinytl_b", tinytl_bytes(layers, roles(model, layers, "bias")) / MB, note="by TinyTL's profiler rules"
+    )
+    with torch.device("meta"):
+        sided = create("proxyless_mobile", 100)
+        add_lite_residuals(sided, anatomy(sided).blocks, 224)
+    sided_layers = trace_layers(sided, (8, 3, 224, 224))
+    lite = {
+        method: tinytl_bytes(sided_layers, roles(sided, sided_layers, method)) / MB for method in ("lite", "lite_bias")
+    }
+    yield Measurement(
+        "proxyless_tinytl_l",
+        lite["lite_bias"],
+        note=f"by TinyTL's profiler rules, L+B; L alone takes {lite['lite']:.1f} MB",
     )
     yield Measurement("proxyless_gain_1", 100.0 * (1.0 - totals["mobiletl", 1] / totals["ft_blocks", 1]))
     yield Table(

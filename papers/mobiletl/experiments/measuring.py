@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from papers.mobiletl.experiments.setup import MB, switches
@@ -25,6 +26,27 @@ _TITLES = {
 @experiment(claims=["cpu_step_ratio"], config=["model", "method", "measure"])
 def cpu_time(cfg: Any, ctx: Context) -> Iterator[Result]:
     """A step of MobileTL-k against one of FT-k on the same frozen int8 part, in alternation on one core."""
+    rows = []
+    for index, name in enumerate(dict.fromkeys([cfg.model.name, *cfg.measure.also])):
+        timings = _cpu_steps(cfg, name, ctx.seed, peers=index == 0)
+        rows += [
+            {"network": name, "method": method, "ms": 1e3 * t.median_s, "over FT-k": timings.ratio(method, "FT-k").median}
+            for method, t in timings.by_name.items()
+        ]  # fmt: skip
+        if index == 0:
+            ratio = timings.ratio("MobileTL-k", "FT-k")
+            yield Measurement(
+                "cpu_step_ratio", ratio.median, ratio.low, ratio.high, note=f"one core of {timings.device}"
+            )
+    yield Table(
+        "cpu_step_time", f"Training step on CPU, batch {cfg.measure.batch}, {cfg.measure.resolution} pixels", rows,
+        Plot("bar", x="method", y="ms", series="network", ylabel="ms a step"),
+        note=f"Medians on one core of {timings.device}, k = {cfg.method.blocks}.",
+    )  # fmt: skip
+
+
+def _cpu_steps(cfg: Any, name: str, seed: int, *, peers: bool) -> Any:
+    """Timings of a step of one network; ``peers``: also FT-All and a checkpoint per block."""
     import torch
     import torch.nn.functional as F
 
@@ -33,8 +55,8 @@ def cpu_time(cfg: Any, ctx: Context) -> Iterator[Result]:
     from papers.mobiletl.peers import checkpointed
     from shared.measure import measure
 
-    torch.manual_seed(ctx.seed)
-    base = create(cfg.model.name, cfg.model.classes)
+    torch.manual_seed(seed)
+    base = create(name, cfg.model.classes)
     images = torch.randn(cfg.measure.batch, 3, cfg.measure.resolution, cfg.measure.resolution)
     labels = torch.randint(0, cfg.model.classes, (cfg.measure.batch,))
 
@@ -52,20 +74,13 @@ def cpu_time(cfg: Any, ctx: Context) -> Iterator[Result]:
     steps = {
         "FT-k": step(adapt(base, "ft_blocks", k)),
         "MobileTL-k": step(adapt(base, "mobiletl", k, **switches(cfg), recompute=cfg.method.recompute)),
-        "FT-k, checkpoint per block": step(checkpointed(base, k)),
-        "FT-All": step(adapt(base, "ft_all")),
     }
-    timings = measure(steps, rounds=cfg.measure.rounds, min_round_s=0.0, warmup=2)
-    ratio = timings.ratio("MobileTL-k", "FT-k")
-    yield Measurement("cpu_step_ratio", ratio.median, ratio.low, ratio.high, note=f"one core of {timings.device}")
-    yield Table(
-        "cpu_step_time", f"Training step of {cfg.model.name} on CPU, batch {cfg.measure.batch}, {cfg.measure.resolution} pixels",
-        [
-            {"method": name, "ms": 1e3 * timing.median_s, "over FT-k": timings.ratio(name, "FT-k").median}
-            for name, timing in timings.by_name.items()
-        ],
-        Plot("bar", x="method", y="ms", ylabel="ms a step"), note=f"Medians on one core of {timings.device}, k = {k}.",
-    )  # fmt: skip
+    if peers:
+        steps |= {
+            "FT-k, checkpoint per block": step(checkpointed(base, k)),
+            "FT-All": step(adapt(base, "ft_all")),
+        }
+    return measure(steps, rounds=cfg.measure.rounds, min_round_s=0.0, warmup=2)
 
 
 def _variant(method: Any) -> str:
@@ -74,17 +89,30 @@ def _variant(method: Any) -> str:
     return "ft_blocks" if (method.act_backward, method.inner_norm) == ("exact", "full") else "mobiletl"
 
 
-@experiment(claims=["gpu_step_ratio", "gpu_step_ratio_eager", "gpu_peak_reduction"], config=["method", "gpu"], gpu=True)
+@experiment(
+    claims=["gpu_step_ratio", "gpu_step_ratio_graph", "gpu_step_ratio_eager", "gpu_peak_reduction"],
+    config=["method", "gpu"],
+    gpu=True,
+)
 def gpu_measurements(cfg: Any, ctx: Context) -> Iterator[Result]:
     """Step time at the smallest batch and peak allocated memory at the largest, MobileNetV3-Small at 224."""
     from papers.mobiletl.gpu import measure_all
 
     batches = tuple(cfg.gpu.batches)
-    result = measure_all(cfg.method.blocks, batches, compile_peer=cfg.gpu.compile, save=lambda _: None)
+
+    def save(result: Mapping[str, Any]) -> None:
+        if cfg.gpu.keep:
+            Path(cfg.gpu.keep).write_text(json.dumps(result, indent=1) + "\n")
+
+    result = measure_all(cfg.method.blocks, batches, compile_peer=cfg.gpu.compile, save=save)
     small, large = (_rows(result, batch) for batch in (min(batches), max(batches)))
     ours = _variant(cfg.method)
     note = f"{result['machine']}, torch {result['torch']}"
-    for claim, key in (("gpu_step_ratio", "graph_over_ft_blocks"), ("gpu_step_ratio_eager", "over_ft_blocks")):
+    for claim, key in (
+        ("gpu_step_ratio", "loop_over_ft_blocks"),
+        ("gpu_step_ratio_graph", "graph_over_ft_blocks"),
+        ("gpu_step_ratio_eager", "over_ft_blocks"),
+    ):
         yield Measurement(claim, *small[ours][key], note=note)
     saved = 100.0 * (1.0 - large[ours]["peak_bytes"] / large["ft_blocks"]["peak_bytes"])
     yield Measurement("gpu_peak_reduction", saved, note=note)
@@ -116,6 +144,8 @@ def _gpu_tables(name: str, title: str, result: Mapping[str, Any]) -> Iterator[Re
                 "saved MB": row["saved_bytes"] / MB,
                 "eager ms": 1e3 * row["step_s"],
                 "eager over FT-k": row["over_ft_blocks"][0],
+                "graphed() ms": 1e3 * row["loop_step_s"] if "loop_step_s" in row else None,
+                "graphed() over FT-k": row["loop_over_ft_blocks"][0] if "loop_step_s" in row else None,
                 "graph ms": 1e3 * row["graph_step_s"] if "graph_step_s" in row else None,
                 "graph over FT-k": row["graph_over_ft_blocks"][0] if "graph_step_s" in row else None,
             }
@@ -125,7 +155,7 @@ def _gpu_tables(name: str, title: str, result: Mapping[str, Any]) -> Iterator[Re
             f"{name}_{entry['model']}_{entry['batch']}",
             f"{title}: {entry['model']}, 224 pixels, batch {entry['batch']}, k = {entry['blocks']}",
             rows, Plot("bar", x="method", y="peak MB", ylabel="MB allocated at the peak of a step"),
-            note=f"{where}. Peaks are above what lies there between steps. A graph replays the step without launch gaps.",
+            note=f"{where}. Peaks are above what lies there between steps. graphed(): forward and backward replay; graph: the whole step.",
         )  # fmt: skip
     if "compiler" in result:
         entry = result["compiler"]

@@ -1,8 +1,7 @@
-"""Transfer: the stand-ins at reduced scale, the committed CIFAR-10 run, and the real data sets at full scale."""
+"""Transfer: the stand-ins at reduced scale and the real data sets at full scale."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from shared.experiment import (
     Plot,
     Result,
     Table,
-    asset,
     experiment,
     mean_interval,
     seed_measurement,
@@ -22,13 +20,14 @@ from shared.experiment import (
 
 _STAND_IN_CLAIMS = [
     "standin_loss", "accuracy_at_equal_memory", "accuracy_at_equal_blocks", "accuracy_grows_with_blocks", "blocks_beat_shifts",
+    "blocks_beat_side_modules",
 ]  # fmt: skip
 
 
 def _arms(cfg: Any, *, ablations: bool) -> list[dict[str, Any]]:
     """Every way of transfer; ``standin.trains=head`` leaves the blocks of all arms frozen."""
     arms: list[dict[str, Any]] = [
-        {"name": name, "method": name, "blocks": 0} for name in ("last", "bias", "norm", "ft_all")
+        {"name": name, "method": name, "blocks": 0} for name in ("last", "bias", "lite_bias", "norm", "ft_all")
     ]
     for method, counts, options in (
         ("ft_blocks", cfg.standin.ft_blocks, {}),
@@ -38,24 +37,24 @@ def _arms(cfg: Any, *, ablations: bool) -> list[dict[str, Any]]:
             blocks = k if cfg.standin.trains == "blocks" else 0
             arms.append({"name": f"{method}-{k}", "method": method, "blocks": blocks, **options})
     if ablations:
-        for name, act, norm in (("step alone", "step", "full"), ("shift alone", "exact", "shift")):
+        for name, act, norm in (
+            ("step alone", "step", "full"),
+            ("shift alone", "exact", "shift"),
+            ("2 bits", "2bit", "shift"),
+        ):
             options = {"act_backward": act, "inner_norm": norm}
             arms.append({"name": f"mobiletl-3, {name}", "method": "mobiletl", "blocks": 3, **options})
     return arms
 
 
 class _Outcome:
-    """Test accuracies of one stand-in at each arm's best rate, by (network, arm), one per seed."""
+    """Test accuracies of one stand-in at each arm's rate, by (network, arm), one per seed; and the rates."""
 
-    def __init__(self, results: Mapping[tuple[str, str, int], Any], seeds: Sequence[int]) -> None:
-        from papers.mobiletl.standin import best_rate
-
-        self.rate: dict[tuple[str, str], str] = {}
-        self.test: dict[tuple[str, str], list[float]] = {}
-        for network, arm in dict.fromkeys((network, arm) for network, arm, _ in results):
-            by_seed = [results[network, arm, seed] for seed in seeds]
-            self.rate[network, arm] = rate = best_rate(by_seed)
-            self.test[network, arm] = [result[rate]["test"] for result in by_seed]
+    def __init__(
+        self, results: Mapping[tuple[str, str, int], Any], rates: Mapping[tuple[str, str], str], seeds: Sequence[int]
+    ) -> None:
+        self.rate = dict(rates)
+        self.test = {key: [results[(*key, seed)][rate]["test"] for seed in seeds] for key, rate in rates.items()}
 
     def difference(self, network: str, ours: str, theirs: str) -> list[float]:
         """Points by which ``ours`` lies above ``theirs``, per seed."""
@@ -68,12 +67,15 @@ def _mean(columns: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _run(
-    cfg: Any, ctx: Context, title: str, data: Mapping[str, Any], source: Any, networks: Sequence[str]
+    cfg: Any, ctx: Context, title: str, data: Mapping[str, Any], source: Any, networks: Sequence[str], only: Sequence[str] = ()
 ) -> tuple[_Outcome, list[float]]:  # fmt: skip
-    """Every arm of every network from its own pre-trained weights; and the pre-trained networks' source accuracies."""
+    """Every arm (or ``only`` some) of every network from its own pre-trained weights; and the networks' source accuracies.
+
+    The first seed runs every arm at every rate; the rate that is best on its validation images is the arm's for all seeds.
+    """
     from omegaconf import OmegaConf
 
-    from papers.mobiletl.standin import WEIGHTS, pretrain_job, transfer_job
+    from papers.mobiletl.standin import WEIGHTS, best_rate, pretrain_job, transfer_job
 
     sources = [{"seed": s, "network": n, "data": dict(data), "source": source} for n in networks for s in ctx.seeds]
     weights, scores = {}, []
@@ -81,25 +83,35 @@ def _run(
         weights[job["network"], job["seed"]] = str(workdir / WEIGHTS)
         scores.append(result["source_accuracy"])
     target: Any = OmegaConf.to_container(cfg.standin.target)
-    jobs = [
-        {
-            "seed": seed,
-            "network": network,
-            "data": dict(data),
-            "target": target,
-            "arm": arm,
-            "weights": weights[network, seed],
-        }
+    arms = {
+        (network, arm["name"]): arm
         for network in networks
         for arm in _arms(cfg, ablations=network == "tiny_v3")
-        for seed in ctx.seeds
-    ]
-    keys = [(job["network"], job["arm"]["name"], job["seed"]) for job in jobs]
-    found = {
-        (job["network"], job["arm"]["name"], job["seed"]): result
-        for job, result, _ in ctx.map(title, transfer_job, jobs)
+        if not only or arm["name"] in only
     }
-    return _Outcome({key: found[key] for key in keys}, ctx.seeds), scores  # in the order of the jobs, not of their end
+    found: dict[tuple[str, str, int], Any] = {}
+
+    def transfer(rates: Mapping[tuple[str, str], list[float]], seeds: Sequence[int]) -> None:
+        jobs = [
+            {
+                "seed": seed,
+                "network": key[0],
+                "data": dict(data),
+                "target": {**target, "rates": rates[key]},
+                "arm": arm,
+                "weights": weights[key[0], seed],
+            }
+            for key, arm in arms.items()
+            for seed in seeds
+        ]
+        for job, result, _ in ctx.map(title, transfer_job, jobs):
+            found[job["network"], job["arm"]["name"], job["seed"]] = result
+
+    first, *others = ctx.seeds
+    transfer(dict.fromkeys(arms, target["rates"]), [first])
+    best = {key: best_rate(found[(*key, first)]) for key in arms}
+    transfer({key: [float(best[key])] for key in arms}, others)
+    return _Outcome(found, best, ctx.seeds), scores
 
 
 @experiment(claims=_STAND_IN_CLAIMS, config=["method", "standin"])
@@ -122,7 +134,10 @@ def stand_in(cfg: Any, ctx: Context) -> Iterator[Result]:
     grows = [outcome.difference(n, "mobiletl-3", "mobiletl-1") for n in networks]
     yield seed_measurement("accuracy_grows_with_blocks", _mean(grows))
     yield seed_measurement("blocks_beat_shifts", _mean([outcome.difference(n, "mobiletl-3", "bias") for n in networks]))
-    note = f"{len(ctx.seeds)} seeds, rate chosen on validation images; source accuracy {min(sources):.1f} to {max(sources):.1f} %."
+    sided = [outcome.difference(n, _largest_in(cfg, memory[n], memory[n]["lite_bias"]), "lite_bias") for n in networks]
+    yield seed_measurement("blocks_beat_side_modules", _mean(sided))
+    chosen = "rate chosen on the first one's validation images"
+    note = f"{len(ctx.seeds)} seeds, {chosen}; source accuracy {min(sources):.1f} to {max(sources):.1f} %."
     for network in networks:
         yield _pareto(outcome, network, memory[network], note)
 
@@ -132,9 +147,14 @@ def _at_equal_memory(cfg: Any, outcome: _Outcome, memory: Mapping[str, Mapping[s
     gains = []
     for network, size in memory.items():
         for k in sorted(cfg.standin.ft_blocks)[:-1]:
-            fits = [j for j in cfg.standin.mobiletl_blocks if size[f"mobiletl-{j}"] <= size[f"ft_blocks-{k}"]]
-            gains.append(outcome.difference(network, f"mobiletl-{max(fits)}", f"ft_blocks-{k}"))
+            ours = _largest_in(cfg, size, size[f"ft_blocks-{k}"])
+            gains.append(outcome.difference(network, ours, f"ft_blocks-{k}"))
     return _mean(gains)
+
+
+def _largest_in(cfg: Any, memory: Mapping[str, float], limit: float) -> str:
+    """The MobileTL arm with most blocks that fits into ``limit``."""
+    return f"mobiletl-{max(j for j in cfg.standin.mobiletl_blocks if memory[f'mobiletl-{j}'] <= limit)}"
 
 
 def _memory(cfg: Any, network: str, size: int) -> dict[str, float]:
@@ -142,16 +162,21 @@ def _memory(cfg: Any, network: str, size: int) -> dict[str, float]:
     import torch
 
     from papers.mobiletl.accounting import training_memory
+    from papers.mobiletl.anatomy import anatomy
     from papers.mobiletl.counts import roles, trace_layers
     from papers.mobiletl.models import create
+    from papers.mobiletl.tinytl import add_lite_residuals
 
     with torch.device("meta"):
-        model = create(network, 5, in_chans=1)
-    layers = trace_layers(model, (cfg.standin.target.batch, 1, size, size))
+        model, sided = (create(network, 5, in_chans=1) for _ in range(2))
+        add_lite_residuals(sided, anatomy(sided).blocks, size)
+    shape = (cfg.standin.target.batch, 1, size, size)
+    plain, lite = (trace_layers(net, shape) for net in (model, sided))
     found = {}
     for arm in _arms(cfg, ablations=network == "tiny_v3"):
         options = {key: arm[key] for key in ("act_backward", "inner_norm") if key in arm}
         blocks = int(arm["name"].split("-")[1].split(",")[0]) if "-" in arm["name"] else 0
+        layers = lite if arm["method"].startswith("lite") else plain
         result = training_memory(layers, roles(model, layers, arm["method"], blocks, **options))
         found[arm["name"]] = (result.parameter_bytes + result.stored_bytes) / MB
     return found
@@ -184,34 +209,13 @@ def stand_in_idx(cfg: Any, ctx: Context) -> Iterator[Result]:
         return
     idx: Any = OmegaConf.to_container(cfg.standin.idx)
     source: Any = {**OmegaConf.to_container(cfg.standin.source), "epochs": idx.pop("source_epochs")}  # type: ignore[dict-item]
-    outcome, _ = _run(cfg, ctx, "transfer to inverted digits", {**idx, "root": str(cfg.data.root)}, source, ["tiny_v3"])
+    only, data = idx.pop("arms"), {**idx, "root": str(cfg.data.root)}
+    outcome, _ = _run(cfg, ctx, "transfer to inverted digits", data, source, ["tiny_v3"], only)
     yield seed_measurement("standin_loss_idx", outcome.difference("tiny_v3", "ft_all", "mobiletl-5"))
     yield Table(
         "idx_accuracy", f"{idx['name']} with inverted targets, tiny_v3",
         [{"method": arm, "top-1 %": sum(v) / len(v), "rate": outcome.rate[n, arm]} for (n, arm), v in outcome.test.items()],
         Plot("bar", x="method", y="top-1 %", ylabel="top-1 % on the target"),
-    )  # fmt: skip
-
-
-@experiment(claims=[])
-def reference_transfer(cfg: Any, ctx: Context) -> Iterator[Result]:
-    """The committed run of ``python -m papers.mobiletl.cifar``: MobileNetV3-Small at 224, half of CIFAR-10 to the other half."""
-    result = json.loads(asset(__file__, "../reference/cifar10_h100_sxm.json").read_text())
-    rows = []
-    for method, blocks in dict.fromkeys((run["method"], run["blocks"]) for run in result["runs"]):
-        runs = [run for run in result["runs"] if (run["method"], run["blocks"]) == (method, blocks)]
-        for rate in sorted({run["lr"] for run in runs}):
-            values = [run["accuracy"] for run in runs if run["lr"] == rate]
-            name = f"{method}-{blocks}" if method in ("ft_blocks", "mobiletl") else method
-            rows.append(
-                {"method": name, "rate": f"{rate:g}", "top-1 %": sum(values) / len(values), "runs": len(values)}
-            )
-    yield Table(
-        "reference_cifar10", "Committed reference: MobileNetV3-Small, five classes of CIFAR-10 to the other five", rows,
-        Plot("bar", x="method", y="top-1 %", series="rate", ylabel="top-1 % on the target"),
-        note=f"{result['machine']}, {result['date']}; pre-trained here for {result['pretrain_epochs']} epochs to "
-        f"{result['source_accuracy']:.1f} % on the source; {result['images']} target images, {result['epochs']} epochs, "
-        f"batch {result['batch']}. Means over the runs of a row. The run was stopped before the classifier-only arm.",
     )  # fmt: skip
 
 

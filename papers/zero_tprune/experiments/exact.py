@@ -19,10 +19,10 @@ PROTOTYPE = ((3, 0.9), (6, 0.8), (9, 0.7))  # the authors' early notebook: I-sta
 )  # fmt: skip
 def counts(cfg: Any, ctx: Context) -> Iterator[Result]:
     """FLOPs in the authors' convention, to the last digit."""
+    from papers.zero_tprune.budget import solve
     from papers.zero_tprune.counts import flops
     from papers.zero_tprune.plans import EViT, Layer, Rule, Schedule, ToMe, family
     from papers.zero_tprune.shape import DEIT_B, DEIT_S, DEIT_T, plain
-    from papers.zero_tprune.solve import solve
 
     convention, prunes = cfg.exact.convention, cfg.exact.prunes
     base = flops(DEIT_S).total(convention)
@@ -152,40 +152,20 @@ def target(cfg: Any, ctx: Context) -> Iterator[Result]:
     """``model=… flops=…``: the schedule, its counts, and its modelled latency on ``device=…``."""
     from papers.zero_tprune.counts import flops
     from papers.zero_tprune.experiments.options import assumed_of, rule_of
-    from papers.zero_tprune.hardware import latency_function
-    from papers.zero_tprune.imagenet import create
-    from papers.zero_tprune.shape import shape_of
-    from papers.zero_tprune.solve import solve, solve_latency
-    from shared.errors import UserError
+    from papers.zero_tprune.target import find
     from shared.hardware import load_device
-    from shared.workload import meta_model
 
-    shape = shape_of(meta_model(create, cfg.model), cfg.model)
-    device, rule = load_device(cfg.device), rule_of(cfg.rule)
-    seconds = latency_function(
-        shape, device, cfg.hardware.batch, cfg.hardware.dtype, assumed_of(cfg.hardware), "streamed"
-    )
-    if cfg.latency is not None:
-        plan = solve_latency(shape, cfg.latency, seconds, rule=rule)
-        asked, got = cfg.latency, seconds(plan) / seconds(None)
-    elif cfg.flops is not None:
-        plan = solve(shape, cfg.flops, rule=rule)
-        base = flops(shape).total("blocks")
-        asked, got = (cfg.flops if cfg.flops <= 1 else cfg.flops / base), flops(shape, plan).total("blocks") / base
-    else:
-        raise UserError("give flops=SHARE or latency=SHARE of the unpruned model")
-    yield Measurement(
-        "target_met", 100 * abs(got / asked - 1), note=f"asked for {asked:.4g} of the unpruned model, got {got:.4g}"
-    )
-    patches = plan.patches(shape.depth, shape.patches)
-    yield Table(
-        "schedule", f"{cfg.model}: schedule for {'latency' if cfg.latency is not None else 'flops'} = {asked:.3g}",
-        [{"after_block": layer.after, "drop": layer.drop, "keep": layer.keep, "votes": layer.iterations,
-          "patches_in": patches[layer.after - 1], "patches_out": patches[layer.after]} for layer in plan.layers],
+    device, hardware = load_device(cfg.device), cfg.hardware
+    found = find(
+        cfg.model, weights=cfg.weights, flops=cfg.flops, latency=cfg.latency, device=device, dtype=hardware.dtype, batch=hardware.batch,
+        assumed=assumed_of(hardware), rule=rule_of(cfg.rule),
     )  # fmt: skip
-    unpruned, pruned = flops(shape), flops(shape, plan)
+    note = f"asked for {found.asked:.4g} of the unpruned model, got {found.got:.4g}: {found.describe()}"
+    yield Measurement("target_met", 100 * abs(found.got / found.asked - 1), note=note)
+    yield Table("schedule", f"{cfg.model}: schedule for {found.what} = {found.asked:.3g}", found.rows())
+    unpruned, pruned = flops(found.shape), flops(found.shape, found.plan)
     yield Table(
-        "your_model", f"{cfg.model} on {device.title}, {cfg.hardware.dtype}, batch {cfg.hardware.batch} (modelled)",
-        [{"plan": name, "blocks_gflops": count.total("blocks") / 1e9, "model_gflops": count.total("model") / 1e9, "latency_s": seconds(p)}
-         for name, count, p in (("unpruned", unpruned, None), ("pruned", pruned, plan))],
+        "your_model", f"{cfg.model} on {device.title}, {hardware.dtype}, batch {hardware.batch} (modelled)",
+        [{"plan": name, "blocks_gflops": count.total("blocks") / 1e9, "model_gflops": count.total("model") / 1e9,
+          "latency_s": found.seconds(plan)} for name, count, plan in (("unpruned", unpruned, None), ("pruned", pruned, found.plan))],
     )  # fmt: skip

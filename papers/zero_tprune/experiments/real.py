@@ -60,13 +60,13 @@ def imagenet(cfg: Any, ctx: Context) -> Iterator[Result]:
     """Accuracy of every method at equal FLOPs on ``data.root``: rows like the paper's tables."""
     import torch
 
+    from papers.zero_tprune.budget import solve
     from papers.zero_tprune.counts import flops
     from papers.zero_tprune.experiments.options import rule_of
     from papers.zero_tprune.gpu import plans_for
     from papers.zero_tprune.imagenet import accuracies, create, image_folder, loader
     from papers.zero_tprune.plans import ATS
     from papers.zero_tprune.shape import shape_of
-    from papers.zero_tprune.solve import solve
     from shared.errors import UserError
 
     if cfg.data.root is None:

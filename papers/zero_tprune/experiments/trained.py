@@ -69,14 +69,15 @@ def standin(cfg: Any, ctx: Context) -> Iterator[Result]:
             mean, low, high = mean_interval([accuracy(s, share, method) for s in seeds])
             rows.append({"flops_share": float(share), "method": method, "accuracy_percent": mean, "low": low if len(seeds) > 1 else mean,
                          "high": high if len(seeds) > 1 else mean})  # fmt: skip
-    base = sum(accuracy(s, MAIN, "base") for s in seeds) / len(seeds)
-    yield Table("standin", f"ClutterDigits: accuracy at equal FLOPs, {len(seeds)} seeds (unpruned {base:.1f} %)", rows,
-                Plot("line", "flops_share", "accuracy_percent", "method", hline=base))  # fmt: skip
+    bases = [accuracy(s, MAIN, "base") for s in seeds]
+    base = sum(bases) / len(bases)
+    title = f"ClutterDigits: accuracy at equal FLOPs, {len(seeds)} seeds (unpruned {base:.1f} %, {min(bases):.1f} to {max(bases):.1f})"
+    yield Table("standin", title, rows, Plot("line", "flops_share", "accuracy_percent", "method", hline=base))
     plans = [
         {"seed": s, "flops_share": float(share), "schedule": str(found["plans"]["schedule"]),
          "tome_searched": str(found["plans"]["tome searched"]), "ats_share": found["ats_share"],
          "heads_filtered_by_vhf": found["heads_filtered"]}
-        for s in seeds for share, found in results[s]["shares"].items()
+        for s in seeds for share, found in results[s]["shares"].items() if "ats_share" in found
     ]  # fmt: skip
     title = "Chosen schedules ([block, keep, drop, votes]) and the share of heads that the paper's VHF bounds filter"
     yield Table("standin_plans", title, plans)
@@ -132,7 +133,8 @@ def _results(cfg: Any, ctx: Context) -> tuple[dict[int, Any], dict[int, Any]]:
     folders = {job["seed"]: folder for job, _, folder in ctx.map("train", jobs.train_seed, training)}
     evaluation = [
         {"seed": seed, "checkpoint": str(folders[seed] / jobs.CHECKPOINT), "test_images": s.test_images,
-         "calibration_images": s.calibration_images, "draws_per_method": s.draws, "shares": list(s.shares), "scorer": s.scorer, **common}
+         "calibration_images": s.calibration_images, "draws_per_method": s.draws,
+         "shares": list(s.shares), "curve": list(s.curve), "scorer": s.scorer, **common}
         for seed in ctx.seeds
     ]  # fmt: skip
     results = {job["seed"]: result for job, result, _ in ctx.map("prune and test", jobs.evaluate_seed, evaluation)}

@@ -14,7 +14,7 @@ from papers.mobiletl import adapt, adapted_state_dict, load_adapted, mobiletl, p
 from papers.mobiletl.accounting import Rules, stored_bytes
 from papers.mobiletl.anatomy import anatomy, forward_from, forward_to
 from papers.mobiletl.convert import convert_block
-from papers.mobiletl.counts import roles, trace_layers
+from papers.mobiletl.counts import block_roles, roles, trace_layers
 from papers.mobiletl.layers import FrozenConv2d, ShiftNormAct
 from papers.mobiletl.models import create, fig1_block
 from shared.errors import UserError
@@ -269,3 +269,19 @@ def test_other_networks_are_refused() -> None:
         mobiletl(nn.Sequential(nn.Conv2d(3, 3, 1)), 1)
     with pytest.raises(UserError, match="not a network"):
         mobiletl(timm.create_model("resnet18", num_classes=2), 1)
+
+
+@pytest.mark.parametrize(("act_backward", "bits"), [("2bit", 2), ("4bit", 4)])
+def test_coarse_derivatives_keep_what_the_accounting_says(act_backward: str, bits: int) -> None:
+    """Each of the two internal activations of the V3 block of Fig. 1 keeps 28,224 bytes for every bit."""
+    layers = trace_layers(fig1_block("v3"), (8, 96, 7, 7))
+    counted = stored_bytes(layers, block_roles(layers, "mobiletl", act_backward=act_backward))
+    assert counted == 3_115_152 + 2 * 28_224 * (bits - 1)
+    model = nn.Sequential(fig1_block("v3"))
+    convert_block(model, "0", act_backward=act_backward, inner_norm="shift", recompute=False)
+    kept = trace(model.train(), torch.zeros(8, 96, 7, 7), training=True).saved_bytes
+    assert abs(kept / counted - 1) < 0.005
+    with pytest.raises(UserError, match="SiLU"):
+        mobiletl(create("efficientnet_b0"), 2, act_backward=act_backward)
+    with pytest.raises(UserError, match="inner_norm='shift'"):
+        mobiletl(_model(), 2, act_backward=act_backward, inner_norm="full")

@@ -77,7 +77,7 @@ def test_jobs_are_reproducible_and_the_rate_comes_from_validation(tmp_path: Path
         )
     assert results[0] == results[1]
     assert set(results[0]) == {"0.001", "0.003"}
-    scored = [{"0.001": {"validation": 60.0, "test": 1.0}, "0.01": {"validation": 50.0, "test": 99.0}}]
+    scored = {"0.001": {"validation": 60.0, "test": 1.0}, "0.01": {"validation": 50.0, "test": 99.0}}
     assert best_rate(scored) == "0.001"
 
 

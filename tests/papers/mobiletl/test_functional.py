@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor
 
-from papers.mobiletl.functional import hard_sigmoid, pack_bits, packed_act, shift_act, shift_norm, unpack_bits
+from papers.mobiletl.functional import (
+    coded_hard_swish,
+    derivative_levels,
+    hard_sigmoid,
+    pack_bits,
+    packed_act,
+    shift_act,
+    shift_norm,
+    unpack_bits,
+)
 from shared.errors import UserError
 
 
@@ -158,21 +167,28 @@ def test_bfloat16_on_cpu() -> None:
 
 _TRITON = """
 import torch
-from papers.mobiletl.functional import _ShiftAct
-from papers.mobiletl.kernels import TritonShiftAct
+from papers.mobiletl import functional, kernels
+
 torch.manual_seed(0)
-for shape, last in (((2, 5, 3, 7), False), ((2, 5, 3, 7), True), ((3, 40, 40, 40), False)):
-    layout = torch.channels_last if last else torch.contiguous_format
-    weight, bias, mean, var = torch.rand(shape[1]) + 0.5, torch.randn(shape[1]), torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
-    for activation in ("relu", "relu6", "hard_swish", "silu") if shape[2] < 40 else ("hard_swish",):
-        x = (4 * torch.randn(shape)).to(memory_format=layout).requires_grad_()
-        shift, dy = bias.clone().requires_grad_(), torch.randn(shape)
-        results = []
-        for function in (TritonShiftAct, _ShiftAct):
-            y = function.apply(x, weight, shift, mean, var, 1e-5, activation)
-            results.append((y, *torch.autograd.grad(y, (x, shift), dy)))
-        for a, b in zip(*results):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-3), (shape, last, activation, (a - b).abs().max())
+kernels._ROWS_PER_PROGRAM = 64  # several programs for each channel, as on a large map
+for shape in ((2, 40, 5, 7), (3, 5, 9, 7)):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for activation in functional.STEP_ACTIVATIONS if shape[1] == 5 else ('hard_swish',):
+            channels = shape[1]
+            x, grad = ((3 * torch.randn(shape)).to(memory_format=layout) for _ in range(2))
+            constants = [torch.rand(channels) + 0.5 for _ in range(4)]
+            last = layout == torch.channels_last
+            gate = torch.rand(shape[:2]) * 1.4 - 0.2
+            gate, mean_grad = gate.clamp(0, 1), torch.randn(shape[:2])
+            y, kept = functional.step_forward(x, *constants, 1e-3, activation)
+            z, packed = kernels.step_forward(x.clone(), *constants, 1e-3, activation, overwrite=True)
+            assert torch.allclose(y, z, atol=1e-5) and torch.equal(kept[1], packed[0])
+            for vectors in ({"gate": None, "mean_grad": None}, {"gate": gate, "mean_grad": mean_grad}):
+                options = {"channels_last": last, "input_grad": True, "bias_grad": True, **vectors}
+                ours = kernels.step_backward(grad.clone(), packed, 1e-3, overwrite=True, **options)
+                for a, b in zip(ours, functional.step_backward(grad, kept, 1e-3, **options), strict=True):
+                    assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), (shape, activation)
+            assert torch.allclose(kernels.gate_backward(grad, y, gate), functional.gate_backward(grad, y, gate), rtol=1e-4, atol=1e-4)
 """
 
 
@@ -183,3 +199,38 @@ def test_triton_kernels_agree_with_torch() -> None:
         [sys.executable, "-c", _TRITON], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_derivative_levels_are_the_means_of_the_derivative() -> None:
+    """(2 u + 3) / 6 is linear on [-3, 3], so its mean over an interval is its value in the middle; one bit is the step."""
+    assert derivative_levels(1) == pytest.approx((0.0, 1.0))
+    assert derivative_levels(2) == pytest.approx((-0.25, 0.25, 0.75, 1.25))
+    middles = [-3 + (i + 0.5) * 6 / 16 for i in range(16)]
+    assert derivative_levels(4) == pytest.approx([(2 * u + 3) / 6 for u in middles])
+    with pytest.raises(UserError, match="number of bits"):
+        derivative_levels(3)
+
+
+@pytest.mark.parametrize(("bits", "kept_bytes"), [(1, 2), (2, 4), (4, 7)])
+def test_coded_hard_swish_keeps_few_bits_and_backs_with_levels(bits: int, kept_bytes: int) -> None:
+    u = torch.tensor([-9.0, -2.9, -1.6, -1.4, -0.1, 0.1, 1.4, 1.6, 2.9, 9.0, 0.5, -0.5, 2.0], requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        y = coded_hard_swish(u, bits)
+    assert sizes == [kept_bytes]  # 13 elements
+    assert torch.equal(y, F.hardswish(u))
+    y.sum().backward()
+    width = 6 / 2**bits
+    index = [min(max(int((v + 3) // width), 0), 2**bits - 1) for v in u.tolist()]
+    assert u.grad is not None
+    assert u.grad.tolist() == pytest.approx([derivative_levels(bits)[i] for i in index])
+
+
+def test_coded_hard_swish_in_channels_last() -> None:
+    x = torch.randn(2, 5, 3, 4)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        u = x.clone().to(memory_format=layout).requires_grad_()
+        coded_hard_swish(u, 2).sum().backward()
+        gradients.append(u.grad)
+    assert torch.equal(*gradients)

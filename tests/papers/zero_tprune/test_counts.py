@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from papers.zero_tprune.budget import solve, solve_latency, solve_tome
 from papers.zero_tprune.counts import block_flops, flops, layer_flops, share
 from papers.zero_tprune.plans import ATS, EViT, Layer, Rule, Schedule, ToMe, family, votes
 from papers.zero_tprune.pruner import prune
 from papers.zero_tprune.shape import DEIT_B, DEIT_S, DEIT_T, plain, shape_of
-from papers.zero_tprune.solve import solve, solve_latency, solve_tome
 from shared.errors import UserError
 
 PROTOTYPE = Schedule((Layer(3, 0.9), Layer(6, 0.8), Layer(9, 0.7)), Rule(method="random"))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from papers.zero_tprune import counts
+from papers.zero_tprune.budget import solve, solve_latency
 from papers.zero_tprune.hardware import Assumed, arrays, breakdown, forward_rows, latency, latency_function
 from papers.zero_tprune.plans import ATS, EViT, Rule, Schedule, ToMe, family
 from papers.zero_tprune.shape import DEIT_S, DEIT_T
-from papers.zero_tprune.solve import solve, solve_latency
 from shared.errors import UserError
 from shared.hardware import load_device
 

@@ -284,6 +284,16 @@ def test_tome_merges_identical_tokens_without_changing_anything() -> None:
         assert not torch.allclose(model(x), before, atol=1e-9)
 
 
+def test_what_is_no_plan_or_no_model() -> None:
+    model = vit()
+    with prune(model, Schedule(())), pytest.raises(UserError, match=r"0\.65 is no plan: give solve"):
+        prune(model, 0.65)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is a name: give the model"):
+        prune("deit_tiny_patch16_224", Schedule(()))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"give what it wraps, its \.module"):
+        prune(torch.nn.DataParallel(model), Schedule(()))
+
+
 def test_tome_takes_half_at_most() -> None:
     model = vit()
     with prune(model, ToMe((1000, 0, 0, 0))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from papers.zero_tprune import counts, digits, standin
-from papers.zero_tprune.imagenet import accuracies, create, image_folder, load_weights, loader
+from papers.zero_tprune.imagenet import accuracies, create, image_folder, loader
 from papers.zero_tprune.plans import Schedule, ToMe, family
 from papers.zero_tprune.pruner import prune
 from papers.zero_tprune.search import ats_for_share, best_plan, correct, draw_schedule, draw_tome, draws, search
@@ -109,7 +110,14 @@ def test_ats_is_tuned_to_the_budget() -> None:
 
 def test_jobs_are_deterministic_and_resume(tmp_path: Path) -> None:
     common: dict[str, Any] = {"seed": 3, "source": "digits", "root": None, "progress": silent}
-    evaluation = {"test_images": 12, "calibration_images": 6, "draws_per_method": 1, "shares": [0.65], "scorer": "wpr"}
+    evaluation: dict[str, Any] = {
+        "test_images": 12,
+        "calibration_images": 6,
+        "draws_per_method": 1,
+        "shares": [0.65],
+        "curve": [0.8],
+        "scorer": "wpr",
+    }
     outputs = []
     for name in ("a", "b"):
         folder = tmp_path / name
@@ -125,6 +133,36 @@ def test_jobs_are_deterministic_and_resume(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     accuracy = json.loads(outputs[0])[1]["shares"]["0.65"]["accuracy"]
     assert {"random", "class row", "full", "tome constant", "tome searched", "ats"} <= set(accuracy)
+    assert set(json.loads(outputs[0])[1]["shares"]["0.8"]["accuracy"]) == {
+        "random",
+        "class row",
+        "full",
+        "tome constant",
+    }
+
+
+def test_optimisers_as_one_resume_where_they_stopped() -> None:
+    """Momenta are saved and restored: a copy that loads them takes the same next step, one that does not takes another."""
+
+    def parts(weights: list[nn.Parameter]) -> standin.All:
+        return standin.All(torch.optim.Muon(weights[:1], lr=0.1), torch.optim.AdamW(weights[1:], lr=0.1))
+
+    def step(weights: list[nn.Parameter], optimizer: standin.All, seed: int) -> None:
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(seed)
+        sum((w * torch.randn(w.shape, generator=generator)).sum() for w in weights).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    weights = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))]
+    optimizer = parts(weights)
+    step(weights, optimizer, 0)
+    copies = [[nn.Parameter(w.detach().clone()) for w in weights] for _ in range(2)]
+    resumed, fresh = parts(copies[0]), parts(copies[1])
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for some, one in ((weights, optimizer), (copies[0], resumed), (copies[1], fresh)):
+        step(some, one, 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies[0], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, copies[1], strict=True))
 
 
 def test_the_control_ranks_by_chance() -> None:
@@ -170,15 +208,15 @@ def test_accuracy_on_a_folder_of_images(folder: Path) -> None:
 def test_weights_from_a_file(tmp_path: Path) -> None:
     model = create("test_vit", num_classes=3)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pth")
-    other = create("test_vit", str(tmp_path / "w.pth"), num_classes=3)
+    other = create("test_vit", str(tmp_path / "w.pth"))  # three classes, as the file says
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     with pytest.raises(UserError, match="another model's"):
-        load_weights(create("test_vit", num_classes=5), tmp_path / "w.pth")
+        create("test_vit", str(tmp_path / "w.pth"), num_classes=5)
     with pytest.raises(UserError, match="does not exist"):
-        load_weights(model, tmp_path / "no.pth")
+        create("test_vit", str(tmp_path / "no.pth"))
     (tmp_path / "bad.pth").write_text("nothing")
     with pytest.raises(UserError, match="no state dict"):
-        load_weights(model, tmp_path / "bad.pth")
+        create("test_vit", str(tmp_path / "bad.pth"))
 
 
 def test_wrong_names_and_folders(tmp_path: Path) -> None:
