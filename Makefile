@@ -4,7 +4,7 @@ PY := .venv/bin/python
 paper ?= m3vit
 args ?=
 
-.PHONY: run test lint smoke table bench
+.PHONY: run test lint smoke table verdicts compare bench
 
 run: .venv/installed
 	$(PY) run.py paper=$(paper) $(args)
@@ -22,9 +22,16 @@ smoke: .venv/installed
 
 table: .venv/installed
 	$(PY) -m shared.report.cards
+	$(PY) -m shared.compare.leaderboard
+
+verdicts: .venv/installed
+	$(PY) -m shared.compare.changelog $(or $(old),-) results
+
+compare: .venv/installed
+	$(PY) compare.py $(or $(args),outputs)
 
 bench: .venv/installed
-	$(PY) -m pytest tests/benchmarks --benchmark-enable --benchmark-only $(args)
+	$(PY) -m shared.compare.bench $(args)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

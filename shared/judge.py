@@ -75,6 +75,8 @@ def judge(claim: Claim, outcome: Measurement | NotTested | Failure, situation: S
             Verdict.NOT_TESTED, f"a trained claim needs {MIN_SEEDS} seeds or more, this run has {outcome.n_seeds}"
         )
 
+    if claim.evidence == "modelled":
+        low, high = model_interval(outcome)
     judgement = _compare(claim, outcome, low, high, situation)
     if not _incomparable(claim, situation) and _is_suspicious(claim, outcome.value):
         warning = "the effect is far larger than the paper's: look for a mistake before believing it"
@@ -82,10 +84,21 @@ def judge(claim: Claim, outcome: Measurement | NotTested | Failure, situation: S
     return judgement
 
 
+def model_interval(number: Measurement) -> tuple[float, float]:
+    """The interval of a modelled number: its own, if it has one, and the held-out error of the device model to both sides of it."""
+    low = number.value if number.ci_low is None else number.ci_low
+    high = number.value if number.ci_high is None else number.ci_high
+    error = abs(number.value) * (number.model_error_rel or 0.0)
+    return min(low, number.value - error), max(high, number.value + error)
+
+
 def _compare(claim: Claim, outcome: Measurement, low: float, high: float, situation: Situation) -> Judgement:
     value = outcome.value
     side = _claimed_side(claim)
-    effect_shows = _beyond(claim, low, high, side)
+    if claim.evidence == "modelled" and outcome.ci_low is None:  # inside its error the sign still is the model's
+        effect_shows = _beyond(claim, value, value, side)
+    else:
+        effect_shows = _beyond(claim, low, high, side)
     if claim.relation == "ordering":
         agrees, miss = effect_shows, _no_effect(claim, value, low, high, side)
     else:
@@ -96,18 +109,23 @@ def _compare(claim: Claim, outcome: Measurement, low: float, high: float, situat
         if side and effect_shows and claim.relation != "ordering":
             return Judgement(Verdict.DIRECTION, f"the sign is the paper's, the size is not: {miss}")
         return Judgement(Verdict.NOT_REPLICATED, miss)
-    cap = _cap(claim, outcome, situation)
+    cap = _cap(claim, outcome, low, high, situation)
     return Judgement(Verdict.DIRECTION, cap) if cap else Judgement(Verdict.REPLICATED)
 
 
-def _cap(claim: Claim, outcome: Measurement, situation: Situation) -> str:
+def _cap(claim: Claim, outcome: Measurement, low: float, high: float, situation: Situation) -> str:
     """Why the size of an agreeing number proves less than it seems, or an empty string."""
     if reason := _incomparable(claim, situation):
         return reason
-    if claim.evidence == "modelled" and claim.relation != "ordering":
+    if claim.evidence == "modelled":
         error = outcome.model_error_rel
         if error is None:
             return "the device model has published no error against silicon"
+        side = _claimed_side(claim)
+        if side and _beyond(claim, outcome.value, outcome.value, side) and not _beyond(claim, low, high, side):
+            return f"the effect lies within the device model's own error ({error:.2g}): [{low:.4g}, {high:.4g}] includes {claim.neutral:g}"
+        if claim.relation == "ordering":
+            return ""
         tolerance = claim.tolerance.relative(_nearest_target(claim, outcome.value)) if claim.tolerance else 0.0
         if tolerance < error:
             return f"the tolerance ({tolerance:.2g}) is smaller than the model's own error ({error:.2g})"

@@ -23,6 +23,8 @@ class WorkloadArrays:
         vector_ops: element-wise operations, run on the vector units.
         bytes_read, bytes_written: traffic with the memory level that the operation works from.
         count: number of calls, at least 1. Rows that launch nothing (views) do not belong into the table.
+        kind, shape: kind of the operator and (batch, m, n, k) of its matrix product, as traced; empty where the rows are written by hand,
+            and such a workload is costed without the laws of :mod:`shared.hardware.efficiency`.
     """
 
     name: tuple[str, ...]
@@ -32,6 +34,8 @@ class WorkloadArrays:
     bytes_read: Array
     bytes_written: Array
     count: npt.NDArray[np.int64]
+    kind: tuple[str, ...] = ()
+    shape: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.name)
@@ -45,6 +49,8 @@ class WorkloadArrays:
         count = np.asarray(self.count)
         if len(self.dtype) != n or count.shape != (n,):
             raise ValueError(f"dtype and count must have one entry for each of the {n} rows")
+        if len(self.kind) not in (0, n) or len(self.shape) not in (0, n) or (self.kind and not self.shape):
+            raise ValueError(f"kind and shape must both be given, with one entry for each of the {n} rows, or neither")
         if n == 0 or not np.issubdtype(count.dtype, np.integer) or (count < 1).any():
             raise ValueError("a workload has at least one row, and count holds integers of at least 1")
         object.__setattr__(self, "count", count.astype(np.int64))
@@ -56,19 +62,29 @@ class WorkloadArrays:
         return cls(
             name=tuple(arrays["name"]),
             dtype=tuple(arrays["dtype"]),
-            **{field: arrays[field] for field in ("flops", "vector_ops", "bytes_read", "bytes_written", "count")},
+            flops=arrays["flops"],
+            vector_ops=arrays["vector_ops"],
+            bytes_read=arrays["bytes_read"],
+            bytes_written=arrays["bytes_written"],
+            count=arrays["count"],
+            kind=tuple(arrays.get("kind", ())),
+            shape=tuple(arrays.get("shape", ())),
         )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> WorkloadArrays:
         """From one mapping per row; ``name`` and ``dtype`` are required, a number left out is 0 and ``count`` is 1."""
+        numbers = {
+            field: np.array([row.get(field, 0.0) for row in rows], dtype=np.float64)
+            for field in ("flops", "vector_ops", "bytes_read", "bytes_written")
+        }
         return cls(
             name=tuple(str(row["name"]) for row in rows),
             dtype=tuple(str(row["dtype"]) for row in rows),
-            **{
-                field: np.array([row.get(field, 0.0) for row in rows], dtype=np.float64)
-                for field in ("flops", "vector_ops", "bytes_read", "bytes_written")
-            },
+            flops=numbers["flops"],
+            vector_ops=numbers["vector_ops"],
+            bytes_read=numbers["bytes_read"],
+            bytes_written=numbers["bytes_written"],
             count=np.array([row.get("count", 1) for row in rows], dtype=np.int64),
         )
 
@@ -81,6 +97,10 @@ class WorkloadArrays:
     def bytes_moved(self) -> Array:
         """Bytes read and written per call, shape (n_ops,)."""
         return self.bytes_read + self.bytes_written
+
+    def shapes(self) -> Array:
+        """(batch, m, n, k) of each row, (n_ops, 4); zeros where a row has none."""
+        return np.array([shape if len(shape) == 4 else (0, 0, 0, 0) for shape in self.shape], dtype=np.float64)
 
     def total(self, field: str) -> float:
         """Sum over all calls of ``flops``, ``vector_ops``, ``bytes_read``, ``bytes_written`` or ``bytes_moved``."""

@@ -11,6 +11,7 @@ import numpy as np
 from shared.errors import UserError
 from shared.hardware.arrays import Array, WorkloadArrays
 from shared.hardware.device import Device
+from shared.hardware.efficiency import Shares, has_laws, shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class EnergyBatch:
     vector_j_per_op: Array
     read_j_per_byte: Array
     write_j_per_byte: Array
+    cache_j_per_byte: Array | None  # of bytes that a cache holds; None: they cost what the others do
     limit_w: Array
     clips: Array  # 1 where power is clipped at the limit (board scope), 0 where exceeding it is an error
     splits: Array  # 1 where core and memory have terms of their own, 0 for a constant power
@@ -58,7 +60,7 @@ class EnergyBatch:
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
-    """Rates (n,) for one workload. ``compute_fraction``, ``bandwidth_fraction`` and ``overhead_s`` are (n, 1) or (n, n_ops)."""
+    """Rates (n,) for one workload. Fractions of rates and bandwidth, ``overhead_s`` and ``serial`` are (n, 1) or (n, n_ops)."""
 
     device: tuple[str, ...]
     figures: tuple[str, ...]  # paths of the device figures that went in
@@ -67,12 +69,16 @@ class DeviceBatch:
     read_bytes_per_s: Array
     write_bytes_per_s: Array
     compute_fraction: Array
+    vector_fraction: Array
     bandwidth_fraction: Array
     overhead_s: Array
+    serial: Array  # part of the shorter of computing and moving that is not hidden
+    cached: Array  # share of the bytes that caches hold
     energy: EnergyBatch | None
     energy_missing: str  # why there is no energy
     model_error_rel: tuple[float | None, ...]
     swept: bool = False  # figures were moved on purpose: bounds on what is plausible do not apply
+    tiled: bool = False  # products run in whole tiles, however small they are
 
     @classmethod
     def of(
@@ -144,10 +150,25 @@ def _resolve(
     vector = get(f"peak.{device.vector_key()}") if has_vector else unused
     read = get(device.bandwidth_path(level, "read")) if moves else unused
     write = get(device.bandwidth_path(level, "write")) if moves else unused
-    fractions = {
-        name: _achieved(device, get, name, getattr(wanted, name), arrays.n_ops)
-        for name in ("compute", "bandwidth", "overhead_s")
-    }
+    lawful = achieved is None and not ideal and has_laws(device, arrays)
+    if lawful:
+        laws = shares(device, arrays, get, level)
+        read = write = _fastest(device, get, laws)
+        fractions = {
+            "compute": laws.compute,
+            "vector": laws.vector,
+            "bandwidth": np.maximum(laws.bandwidth_bytes_per_s / read[:, None], np.finfo(float).tiny),
+            "overhead_s": laws.overhead_s,
+            "serial": laws.serial,
+            "cached": laws.cached,
+        }
+    else:
+        fractions = {
+            name: _achieved(device, get, name, getattr(wanted, name), arrays.n_ops)
+            for name in ("compute", "bandwidth", "overhead_s")
+        }
+        fractions["vector"] = fractions["compute"]
+        fractions["serial"] = fractions["cached"] = np.zeros((1, 1))
     energies, missing = _energy(device, get, matrix_dtypes, has_vector, moves, level, energy, n)
     return DeviceBatch(
         device=(device.id,) * n,
@@ -157,11 +178,15 @@ def _resolve(
         read_bytes_per_s=read,
         write_bytes_per_s=write,
         compute_fraction=fractions["compute"],
+        vector_fraction=fractions["vector"],
         bandwidth_fraction=fractions["bandwidth"],
         overhead_s=fractions["overhead_s"],
+        serial=fractions["serial"],
+        cached=fractions["cached"],
         energy=energies,
         energy_missing=missing,
-        model_error_rel=(_error_rel(device, wanted, ideal),) * n,
+        model_error_rel=(_error_rel(device, arrays, achieved, ideal),) * n,
+        tiled=lawful,
     )
 
 
@@ -185,13 +210,27 @@ def _achieved(device: Device, get: Callable[[str], Array], name: str, given: flo
     return get(f"calibration.{key}")[:, None]
 
 
-def _error_rel(device: Device, wanted: Achieved, ideal: bool) -> float | None:
+def _fastest(device: Device, get: Callable[[str], Array], laws: Shares) -> Array:
+    """The bandwidth that shares are of where caches take part: the fastest level's, (n,); no row exceeds it."""
+    levels = [get(device.bandwidth_path(level, "read")) for level in ("dram", *device.calibration.caches)]
+    return np.maximum(np.max(levels, axis=0), laws.bandwidth_bytes_per_s.max(-1))
+
+
+def _error_rel(device: Device, arrays: WorkloadArrays, achieved: Achieved | None, ideal: bool) -> float | None:
+    """The published error of exactly the model that is used. A calibration that hides how well it fits has none."""
+    measured = device.calibration
     if ideal:
-        figure = device.calibration.roofline_error_rel
-    elif wanted.compute is None and wanted.bandwidth is None and wanted.overhead_s is None:
-        figure = device.calibration.held_out_error_rel
+        figure = measured.roofline_error_rel
+    elif achieved is not None and any(
+        given is not None for given in (achieved.compute, achieved.bandwidth, achieved.overhead_s)
+    ):
+        return achieved.error_rel
+    elif measured.fit_error_rel is None:
+        figure = None
+    elif measured.operators and not (achieved is None and has_laws(device, arrays)):
+        figure = measured.simple_error_rel
     else:
-        return wanted.error_rel
+        figure = measured.held_out_error_rel
     return figure.value if figure else None
 
 
@@ -209,7 +248,7 @@ def _energy(
     limit = np.full(n, device.power.limit.value if device.power.limit else np.inf)
     if isinstance(choice, ConstantPower):
         power = np.full(n, choice.power_w)
-        return EnergyBatch(power, dict.fromkeys(matrix_dtypes, zero), zero, zero, zero, limit, zero, zero), ""
+        return EnergyBatch(power, dict.fromkeys(matrix_dtypes, zero), zero, zero, zero, None, limit, zero, zero), ""
     if choice == "none":
         return None, "energy was not asked for"
     if choice == "auto":
@@ -229,6 +268,7 @@ def _energy(
     vector = device.energy_path(choice, "per_op", device.vector_key()) if has_vector else ""
     read = _byte_path(device, choice, level, "read") if moves else ""
     write = _byte_path(device, choice, level, "write") if moves else ""
+    cache = f"energy.{choice}.per_byte.{device.calibration.caches[0]}" if device.calibration.caches else ""
     return (
         EnergyBatch(
             floor_w=get(floor),
@@ -236,6 +276,7 @@ def _energy(
             vector_j_per_op=get(vector) if vector else zero,
             read_j_per_byte=get(read) if read else zero,
             write_j_per_byte=get(write) if write else zero,
+            cache_j_per_byte=get(cache) if moves and cache in device.figures() else None,
             limit_w=get("power.limit") if device.power.limit else limit,
             clips=one if choice == "board" else zero,
             splits=one,
@@ -266,6 +307,8 @@ def _join(values: Sequence[Any]) -> Any:
         return np.concatenate([np.broadcast_to(v, (v.shape[0], width)) if width else v for v in values])
     if isinstance(first, tuple):
         return sum(values, ())
+    if any(value is None for value in values):
+        return None
     if isinstance(first, Mapping):
         return {key: _join([value[key] for value in values]) for key in first}
     if isinstance(first, (EnergyBatch, DeviceBatch)):

@@ -2,9 +2,10 @@
 
 Every number of ``conf/device/*.yaml`` is one :class:`Figure`. ``tag`` says how the number came about: ``read`` (seen in a public
 repository), ``page`` (seen on a public page), ``derived`` (computed from tagged figures), ``fit`` (fitted to a public measured data
-set) or ``recalled`` (unchecked: verify before a claim's verdict rests on it). ``scope`` says what an energy or power includes:
-``device`` (a chip's array and I/O), ``package`` (chip and memory), ``board`` (what an on-board sensor sees) or ``wall``.
-The same DRAM bit costs four times as much at ``board`` as at ``device`` scope, so scopes are never mixed.
+set), ``measured`` (by this suite on the machine, see :mod:`shared.calibrate`) or ``recalled`` (unchecked: verify before a claim's
+verdict rests on it). ``scope`` says what an energy or power includes: ``device`` (a chip's array and I/O), ``package`` (chip and
+memory), ``board`` (what an on-board sensor sees) or ``wall``. The same DRAM bit costs four times as much at ``board`` as at ``device``
+scope, so scopes are never mixed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from shared.errors import unknown
 
-Tag = Literal["read", "page", "derived", "fit", "recalled"]
+Tag = Literal["read", "page", "derived", "fit", "measured", "recalled"]
 Scope = Literal["device", "package", "board", "wall"]
 
 # Unit -> what no device lies outside of. A figure in G, M or k units falls out of its range and is refused.

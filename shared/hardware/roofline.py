@@ -2,7 +2,8 @@
 
 Latency of an operation, per call: t = max(flops/(P e_f) + vector/(V e_f), read/(R e_b) + written/(W e_b)) + t0, with the peak P of its
 data type, the vector rate V and the bandwidths R, W (one bus: R = W) of the memory level, the achieved fractions e_f and e_b, and the
-overhead t0 per call. Matrix and vector work of one operation is not assumed to overlap; operations run one after another.
+overhead t0 per call. On a device with operator laws the fractions and t0 are those of each row, and V has one of its own
+(:mod:`shared.hardware.efficiency`). Matrix and vector work of one operation is not assumed to overlap; operations run one after another.
 
 Energy of an operation: core (per operation) + memory (per byte) + static (floor x time). At board scope the figures are a fit of
 P = P0 + e_f op/s + e_b byte/s, clipped at the power limit. The clip lowers the dynamic terms and leaves the time alone: a throttled
@@ -23,6 +24,7 @@ from shared.hardware import checks
 from shared.hardware.arrays import Array, WorkloadArrays
 from shared.hardware.batch import Achieved, DeviceBatch, EnergyBatch, EnergyChoice
 from shared.hardware.device import DTYPES, Device
+from shared.hardware.efficiency import num_tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,19 +207,25 @@ def cost(
 def cost_batch(arrays: WorkloadArrays, batch: DeviceBatch) -> BatchCost:
     """Cost of a workload on all entries of a batch at once; the same model and checks as :func:`cost`."""
     checks.require_utilisation(batch.compute_fraction)
+    checks.require_utilisation(batch.vector_fraction)
     checks.require_utilisation(batch.bandwidth_fraction)
     if not batch.swept:
         checks.require_overhead(batch.overhead_s)
     count = arrays.count.astype(np.float64)
     flop_s = _per_row(batch.op_per_s, arrays, batch.size, fill=np.inf)
     compute_s = arrays.flops * count / flop_s
-    compute_s += arrays.vector_ops * count / batch.vector_op_per_s[:, None]
-    compute_s /= batch.compute_fraction
+    vector_s = arrays.vector_ops * count / batch.vector_op_per_s[:, None]
+    if np.array_equal(batch.vector_fraction, batch.compute_fraction):
+        compute_s = (compute_s + vector_s) / batch.compute_fraction
+    else:
+        compute_s = compute_s / batch.compute_fraction + vector_s / batch.vector_fraction
     memory_s = arrays.bytes_read * count / batch.read_bytes_per_s[:, None]
     memory_s += arrays.bytes_written * count / batch.write_bytes_per_s[:, None]
     memory_s /= batch.bandwidth_fraction
     overhead_s = np.broadcast_to(batch.overhead_s * count, compute_s.shape)
     latency_s = np.maximum(compute_s, memory_s) + overhead_s
+    if batch.serial.any():
+        latency_s += batch.serial * np.minimum(compute_s, memory_s)
     result = BatchCost(
         name=arrays.name,
         device=batch.device,
@@ -246,7 +254,10 @@ def check_cost(result: BatchCost, arrays: WorkloadArrays, batch: DeviceBatch) ->
     )
     roofline_s = np.maximum(np.maximum(matrix_s, vector_s), memory_s)
     busy_s = (result.op_latency_s - result.op_overhead_s).sum(-1)
-    checks.require_time(busy_s, roofline_s)
+    tiles = float(num_tiles(arrays.shapes()) @ arrays.count) if batch.tiled else 0.0
+    if batch.tiled and batch.swept:  # a fit tries shares far from any that it will find
+        tiles = np.inf
+    checks.require_time(busy_s, roofline_s, checks.MAX_TILE_S * tiles)
     if batch.swept or result.energy is None or batch.energy is None:
         return
     energy = batch.energy
@@ -267,6 +278,9 @@ def _energy(arrays: WorkloadArrays, batch: DeviceBatch, model: EnergyBatch, late
     core_j += arrays.vector_ops * count * model.vector_j_per_op[:, None]
     memory_j = arrays.bytes_read * count * model.read_j_per_byte[:, None]
     memory_j += arrays.bytes_written * count * model.write_j_per_byte[:, None]
+    if model.cache_j_per_byte is not None:
+        held_j = (arrays.bytes_read + arrays.bytes_written) * count * model.cache_j_per_byte[:, None]
+        memory_j = (1.0 - batch.cached) * memory_j + batch.cached * held_j
     static_j = model.floor_w[:, None] * latency_s
     dynamic_j = core_j + memory_j
     limit_w = model.limit_w[:, None]

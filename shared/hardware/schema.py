@@ -36,6 +36,22 @@ BASE_PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int32", "int1
 _PRECISION = re.compile(rf"^(npu_|gpu_|cpu_)?({'|'.join(BASE_PRECISIONS)})(_tc|_vector|_acc16|_acc32)?$")
 VECTOR = "vector"
 
+OPERATOR_CLASSES = (
+    *(
+        "matmul",
+        "conv",
+        "conv1x1",
+        "depthwise",
+        "attention",
+        "pointwise",
+        "special",
+        "strided",
+        "batch_norm",
+        "layer_norm",
+    ),
+    *("softmax", "reduction", "pool", "broadcast", "integer", "gather", "gather_rows", "copy"),
+)
+
 MEMORY_LEVELS = (
     *("dram", "sram", "flash", "l3", "l2", "l1", "l1d", "shared_memory", "lds", "registers"),
     *("cmem", "local", "tcm", "shram", "bram", "uram"),
@@ -57,7 +73,21 @@ def _level(name: str) -> str:
     return name
 
 
+def _operator_class(name: str) -> str:
+    if name not in OPERATOR_CLASSES:
+        raise ValueError(str(unknown("class of operators", name, OPERATOR_CLASSES)))
+    return name
+
+
+def _base_precision(name: str) -> str:
+    if name not in BASE_PRECISIONS:
+        raise ValueError(str(unknown("precision", name, BASE_PRECISIONS)))
+    return name
+
+
 Precision = Annotated[str, AfterValidator(_precision)]
+BasePrecision = Annotated[str, AfterValidator(_base_precision)]
+OperatorClass = Annotated[str, AfterValidator(_operator_class)]
 Level = Annotated[str, AfterValidator(_level)]
 
 
@@ -160,10 +190,31 @@ class Energy(Section):
         return self
 
 
+class OperatorLaw(Section):
+    """Shares of the peaks that one class of operators reaches in one precision, see :mod:`shared.hardware.efficiency`.
+
+    ``compute``: of the matrix rate; ``vector``: of the vector rate; ``bandwidth``: of the bandwidth for its working set; ``serial``: part
+    of the shorter of computing and moving that is not hidden behind the longer; ``m_half``, ``n_half``, ``k_half``: length of a dimension
+    at which half the rate is reached.
+    """
+
+    compute: Fraction | None = None
+    vector: Fraction | None = None
+    bandwidth: Ratio
+    overhead: Second
+    serial: Fraction | None = None
+    m_half: Count | None = None
+    n_half: Count | None = None
+    k_half: Count | None = None
+
+
 class Calibration(Section):
     """What silicon achieves. The latency model is t = max(F/(P e_f), B/(W e_b)) + t0 per call.
 
-    ``held_out_error_rel``: error on models outside the fit; ``roofline_error_rel``: error of the datasheet roofline alone.
+    ``operators``: laws by class of operator and precision in place of the one e_f, e_b and t0, with ``caches`` (levels of ``memory``) and
+    ``tile_half``; used where a workload names the kinds and shapes of its rows. ``held_out_error_rel``: error on models outside the fit, of
+    the laws where there are any; ``simple_error_rel``: of e_f, e_b and t0 alone where there are laws too; ``roofline_error_rel``: of the
+    datasheet roofline alone; ``energy_error_rel``: of the energy model on models outside the fit.
     """
 
     method: str = ""
@@ -173,6 +224,11 @@ class Calibration(Section):
     fit_error_rel: Ratio | None = None
     held_out_error_rel: Ratio | None = None
     roofline_error_rel: Ratio | None = None
+    simple_error_rel: Ratio | None = None
+    energy_error_rel: Ratio | None = None
+    operators: dict[OperatorClass, dict[BasePrecision, OperatorLaw]] = Field(default_factory=dict)
+    caches: list[Level] = Field(default_factory=list)
+    tile_half: Count | None = None
     best_matmul: dict[Precision, Fraction] = Field(default_factory=dict)
     stream: dict[str, BytePerS] = Field(default_factory=dict)
     eager_overhead: dict[str, Second] = Field(default_factory=dict)
@@ -248,6 +304,16 @@ class DeviceFile(Section):
             raise ValueError(f"a device of kind {self.kind} needs a peak rate in section peak")
         if any(memory.per_unit for memory in self.memory.values()) and self.compute.units is None:
             raise ValueError("a memory level with per_unit needs compute.units")
+        for level in self.calibration.caches:
+            memory = self.memory.get(level)
+            if memory is None or memory.size is None or (memory.bandwidth is None and memory.read_bandwidth is None):
+                raise ValueError(
+                    f"calibration.caches names {level}, which needs a size and a bandwidth in section memory"
+                )
+        if self.calibration.operators and self.calibration.bandwidth_fraction is None:
+            raise ValueError("calibration.operators needs calibration.bandwidth_fraction")
+        if self.calibration.tile_half is not None and self.compute.units is None:
+            raise ValueError("calibration.tile_half needs compute.units")
         floor = self.energy.board.floor if self.energy.board else None
         if floor and self.power.limit and floor.value >= self.power.limit.value:
             raise ValueError("energy.board.floor must lie below power.limit")

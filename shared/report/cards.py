@@ -50,7 +50,8 @@ def _best(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
 def sections() -> Iterator[tuple[Path, str, str]]:
     """File, section and text of every generated table."""
     documents = []
-    for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir()):
+    papers = (path for path in (ROOT / "results").iterdir() if (ROOT / "papers" / path.name / "claims.yaml").exists())
+    for folder in sorted(papers):
         document = merged_document(folder)
         documents.append(document)
         yield ROOT / "papers" / folder.name / "README.md", "table", claims_markdown(document)

@@ -33,16 +33,12 @@ def write_html(document: Mapping[str, Any], folder: Path | str) -> Path:
 
 def render(document: Mapping[str, Any], folder: Path) -> str:
     """The page as text. All text of the document is escaped by the template engine; only our own SVG, CSS and script are not."""
-    from markupsafe import Markup
-
     rows = list(document.get("claims", []))
     claims = [row for row in rows if row.get("kind", "claim") == "claim"]
     findings = [row for row in rows if row.get("kind", "claim") != "claim"]
-    script = (_ASSETS / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     claims_plot, claims_problem = _plot(plots.claims_svg, rows)
     return (
-        _templates()
+        templates()
         .get_template("report.html.j2")
         .render(
             schema_version=document.get("schema_version"),
@@ -53,8 +49,8 @@ def render(document: Mapping[str, Any], folder: Path) -> str:
             counts=fmt.counts({"claims": claims}),
             finding_counts=fmt.counts({"claims": findings}),
             warnings=list(_warnings(rows)),
-            claims=[_row(row) for row in claims],
-            findings=[_row(row) for row in findings],
+            claims=[claim_view(row) for row in claims],
+            findings=[claim_view(row) for row in findings],
             claims_plot=claims_plot,
             claims_problem=claims_problem,
             not_drawn=", ".join(str(row["id"]) for row in rows if plots.ratio(row) is None),
@@ -63,16 +59,25 @@ def render(document: Mapping[str, Any], folder: Path) -> str:
             sensitivities=list(_sensitivities(rows)),
             notes=document.get("notes", []),
             environment=list(_flat(document.get("environment") or {})),
-            config=_yaml(document.get("config") or {}),
-            css=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")),
-            script=Markup(script),
-            script_hash=Markup(f"sha256-{digest}"),
+            config=yaml_text(document.get("config") or {}),
+            **assets("report.js"),
         )
     )
 
 
+def assets(*scripts: str) -> dict[str, Markup]:
+    """What every page carries inside itself: the style sheet, its scripts as one, and their hash for the page's own policy."""
+    from markupsafe import Markup
+
+    script = "".join((_ASSETS / name).read_text(encoding="utf-8") for name in scripts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    css = (_ASSETS / "report.css").read_text(encoding="utf-8")
+    return {"css": Markup(css), "script": Markup(script), "script_hash": Markup(f"sha256-{digest}")}
+
+
 @lru_cache(maxsize=1)
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of all pages: escaping, and strict about names."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -120,13 +125,14 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str
         yield "direction-only", ", ".join(suspicious), "far better than the paper's number, so look for a mistake first"
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def claim_view(row: Mapping[str, Any]) -> dict[str, Any]:
     """What one row of a claims table shows."""
     ours, _, bounds = fmt.ours(row).partition(" [")
     stated, verdict, control = fmt.stated_value(row), row.get("verdict"), row.get("control") or {}
     seeds = row.get("n_seeds") or 1
     return {
         "id": str(row["id"]),
+        "anchor": str(row["id"]),
         "statement": row.get("statement") or "",
         "verdict": verdict,
         "rank": fmt.VERDICTS.index(verdict) if verdict in fmt.VERDICTS else len(fmt.VERDICTS),
@@ -235,7 +241,8 @@ def _flat(mapping: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield str(key), _cell(value)
 
 
-def _yaml(config: Mapping[str, Any]) -> str:
+def yaml_text(config: Mapping[str, Any]) -> str:
+    """A configuration for people to read."""
     import yaml
 
     return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False).strip()

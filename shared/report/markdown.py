@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,20 @@ def claims_markdown(document: Mapping[str, Any]) -> str:
 
 def headlines_markdown(documents: Sequence[Mapping[str, Any]]) -> str:
     """The headline rows of many papers in one table."""
-    lines = ["| Paper | Claim | Paper's number | Ours | Evidence | Verdict |", "| :-- | :-- | --: | --: | :-- | :-- |"]
-    for document in documents:
-        name = document["paper"]
-        for row in document["claims"]:
-            if row.get("headline"):
-                claim, *cells = _cells(row)
-                lines.append(f"| {' | '.join([f'[{name}](papers/{name}/README.md)', claim, *cells])} |")
-    return "\n".join(lines)
+    rows = [
+        [f"[{document['paper']}](papers/{document['paper']}/README.md)", *claim_cells(row)]
+        for document in documents
+        for row in document["claims"]
+        if row.get("headline")
+    ]
+    return "\n".join(table(["Paper", "Claim", "Paper's number", "Ours", "Evidence", "Verdict"], rows, numeric=(2, 3)))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> Iterator[str]:
+    """The lines of a table of cells that are Markdown already; the columns ``numeric`` stand to the right."""
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join('--:' if index in numeric else ':--' for index in range(len(head)))} |"
+    yield from (f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def escape(text: str) -> str:
@@ -72,17 +78,12 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
         if block:
             if column == "Stated":
                 yield from ("", "Findings about the paper:", "")
-            yield f"| Claim | {column} | Ours | Evidence | Verdict |"
-            yield "| :-- | --: | --: | :-- | :-- |"
-            yield from (_row(row) for row in block)
+            yield from table(["Claim", column, "Ours", "Evidence", "Verdict"], map(claim_cells, block), numeric=(1, 2))
     yield from _footnotes(document, rows)
 
 
-def _row(row: Mapping[str, Any]) -> str:
-    return f"| {' | '.join(_cells(row))} |"
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def claim_cells(row: Mapping[str, Any]) -> list[str]:
+    """Claim, the paper's number, ours, evidence and verdict of one row."""
     recalled = " †" if fmt.is_recalled(row) else ""
     verdict = f"{fmt.GLYPHS.get(row.get('verdict') or '', '?')} {row.get('verdict')}"
     if row.get("verdict") != "replicated" and row.get("reason"):

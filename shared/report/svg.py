@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 # name of the CSS variable -> colour in the light theme; all different, since the colour is what is replaced
 INK, MUTED, GRID, PAPER, BAND = "#1f2430", "#5d6675", "#dfe3ea", "#fffffe", "#c9d6ea"
 VERDICT_COLOURS = {
-    "replicated": "#1a7f4e",
-    "direction only": "#b07500",
-    "not replicated": "#c22f3d",
-    "not tested": "#7a8290",
-    "error": "#8e44ad",
+    "replicated": "#13683f",
+    "direction only": "#875800",
+    "not replicated": "#b02330",
+    "not tested": "#5c6472",
+    "error": "#7d35a0",
 }
 SERIES = ("#2f6fbd", "#d9732a", "#2a9d77", "#b04a9c", "#8a6d1f", "#4b4fc4", "#cc4b5c", "#3a98b8")
 _VARIABLES = (

@@ -5,7 +5,7 @@ Colour only repeats what a glyph and a word say. Where standard output is not a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,16 @@ _ASCII = str.maketrans(
 )
 
 
-def claim_line(row: Mapping[str, Any]) -> Text:
-    """One line for a claim that has just been settled: verdict, id, our number, the paper's, how it was obtained, flags."""
+def claim_line(row: Mapping[str, Any], label: str = "") -> Text:
+    """One line for a claim that has just been settled: verdict, id, our number, the paper's, how it was obtained, flags.
+
+    ``label``: which run it is of, where many are shown together.
+    """
     line = Text(no_wrap=True, end="")
     line.append_text(_verdict(row))
     line.append(" " * (_VERDICT_WIDTH - line.cell_len + _GAP))
+    if label:
+        line.append(f"{label}  ", "dim")
     line.append(str(row["id"]), "bold")
     if row.get("value") is not None:
         line.append(f"  {fmt.ours(row)}")
@@ -67,8 +72,42 @@ def claim_line(row: Mapping[str, Any]) -> Text:
     return line
 
 
-def summary_line(document: Mapping[str, Any]) -> Text:
+def summary_line(document: Mapping[str, Any], label: str = "") -> Text:
     """Counts per verdict, seconds and machine on one line."""
+    line = Text(f"{label}: " if label else "")
+    line.append_text(_counts_text(document))
+    line.append(f"{fmt.duration(document.get('seconds'))} · {fmt.machine(document)}", "dim")
+    return line
+
+
+def sweep_lines(documents: Sequence[Mapping[str, Any]], missing: Sequence[str], seconds: float) -> Iterator[Text]:
+    """The summary of a sweep: a heading, one line a paper with its verdicts and its time, the runs without a result, the total.
+
+    ``missing``: names of runs that left no result; ``seconds``: how long the whole sweep took.
+    """
+    papers: dict[str, list[Mapping[str, Any]]] = {}
+    for document in documents:
+        papers.setdefault(str(document["paper"]), []).append(document)
+    yield Text()
+    yield Text("Summary of the sweep", "bold underline")
+    width = max(map(len, papers), default=0)
+    times = {paper: fmt.duration(sum(run.get("seconds") or 0.0 for run in runs)) for paper, runs in papers.items()}
+    for paper, runs in papers.items():
+        line = Text(f"{paper:<{width}}  ", "bold")
+        line.append(f"{times[paper]:>{max(map(len, times.values()))}}", "not bold")
+        line.append(f"  {_plural(len(runs), 'run')}  ", "not bold dim")
+        rows = [row for run in runs for row in run["claims"]]
+        line.append_text(_counts_text({"claims": rows}))
+        line.right_crop(3)
+        yield line
+    for name in missing:
+        yield Text(f"no result: {name}", STYLES["error"])
+    total = f"{_plural(len(documents) + len(missing), 'run')} of {_plural(len(papers), 'paper')}"
+    yield Text(f"{total} in {fmt.duration(seconds)}")
+
+
+def _counts_text(document: Mapping[str, Any]) -> Text:
+    """Verdicts of claims and of findings with their counts, each followed by a dot."""
     line = Text()
     for kind in ("claim", "finding"):
         found = fmt.counts(document, kind)
@@ -77,8 +116,11 @@ def summary_line(document: Mapping[str, Any]) -> Text:
         for verdict, count in found.items():
             line.append(f"{fmt.GLYPHS[verdict]} {count} {verdict}", STYLES[verdict])
             line.append(" · ", "dim")
-    line.append(f"{fmt.duration(document.get('seconds'))} · {fmt.machine(document)}", "dim")
     return line
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def claims_table(document: Mapping[str, Any]) -> RenderableType:

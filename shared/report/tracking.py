@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,36 @@ def log_wandb(document: Mapping[str, Any], folder: Path | str, mode: str = "offl
     mode: ``offline`` (synchronise later with ``wandb sync``), ``online`` (falls back to offline when the server cannot be reached
     or there is no account), ``none``. Returns a warning of one sentence when something did not go as asked, and never raises.
     """
+
+    def job() -> dict[str, Any]:
+        return {"document": plain(document), "plots": _plots(document), **run_names(document)}
+
+    return _guarded(job, Path(folder).resolve(), mode)
+
+
+def log_comparison(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    facts: Mapping[str, Any],
+    folder: Path | str,
+    mode: str = "offline",
+) -> str | None:
+    """Log the tables of a comparison as one W&B run below ``folder/wandb``: what a W&B report over many runs can be built on.
+
+    tables: rows by the name of the table. facts: what was compared; it becomes the run's config. Otherwise as :func:`log_wandb`.
+    """
+    digest = hashlib.sha256(json.dumps([facts, tables], sort_keys=True, default=str).encode()).hexdigest()
+    names = {"group": "comparison", "name": f"comparison-{digest[:6]}", "id": digest[:12]}
+    return _guarded(lambda: {"tables": tables, "facts": facts, **names}, Path(folder).resolve(), mode)
+
+
+def _guarded(make_job: Callable[[], dict[str, Any]], folder: Path, mode: str) -> str | None:
+    """Log a job in a mode; whatever happens becomes a warning of one sentence."""
     if mode == "none":
         return None
     if mode not in MODES:
         return f"nothing was logged to W&B: unknown mode '{mode}', choose one of: {', '.join(MODES)}"
     try:
-        return _log(document, Path(folder).resolve(), mode)
+        return _log(make_job, folder, mode)
     except Exception as error:  # tracking never fails a run
         return f"nothing was logged to W&B: {_one_line(error)}"
 
@@ -54,11 +78,10 @@ def run_names(document: Mapping[str, Any]) -> dict[str, str]:
     return {"group": paper, "name": name, "id": digest[:12]}
 
 
-def _log(document: Mapping[str, Any], folder: Path, mode: str) -> str | None:
+def _log(make_job: Callable[[], dict[str, Any]], folder: Path, mode: str) -> str | None:
     if importlib.util.find_spec("wandb") is None:
         return "nothing was logged to W&B: the package wandb cannot be imported; install it, or choose tracking=none"
-    names = run_names(document)
-    job = {"document": plain(document), "plots": _plots(document), "folder": str(folder), "project": PROJECT, **names}
+    job = {**make_job(), "folder": str(folder), "project": PROJECT}
     problem = _lack_of_space(folder, job)
     if problem:
         return f"nothing was logged to W&B: {problem}"
@@ -67,12 +90,12 @@ def _log(document: Mapping[str, Any], folder: Path, mode: str) -> str | None:
         problem = _child(job, "online", folder)
         if problem is None:
             return None
-        for unfinished in folder.glob(f"wandb/run-*-{names['id']}"):  # or the same run would be synchronised twice
+        for unfinished in folder.glob(f"wandb/run-*-{job['id']}"):  # or the same run would be synchronised twice
             shutil.rmtree(unfinished, ignore_errors=True)
     failure = _child(job, "offline", folder)
     if failure:
         return f"nothing was logged to W&B: {failure}"
-    where = next(iter(sorted(folder.glob(f"wandb/offline-run-*-{names['id']}"), reverse=True)), folder / "wandb")
+    where = next(iter(sorted(folder.glob(f"wandb/offline-run-*-{job['id']}"), reverse=True)), folder / "wandb")
     return (
         f"W&B was logged offline, since online failed ({problem}): upload with 'wandb sync {where}'"
         if asked_online
@@ -132,9 +155,8 @@ def _plots(document: Mapping[str, Any]) -> dict[str, str]:
 
 def _lack_of_space(folder: Path, job: Mapping[str, Any]) -> str | None:
     """W&B's service writes in the background and does not report a full disk, so ask before."""
-    document = job["document"]
     files = [folder / "report.html", folder / "results.json"]
-    files += [folder / str(item.get("file")) for item in document.get("pictures", [])]
+    files += [folder / str(item.get("file")) for item in job.get("document", {}).get("pictures", [])]
     sizes = sum(path.stat().st_size for path in files if path.is_file())
     needed = 2 * sizes + 2 * len(json.dumps(job)) + _SPARE_BYTES
     free = shutil.disk_usage(folder).free

@@ -36,10 +36,10 @@ def main(mode: str) -> int:
 
 
 def log(job: Mapping[str, Any], mode: str) -> None:
-    """Write the W&B run of one job (see :func:`shared.report.tracking._log`)."""
+    """Write the W&B run of one job (see :func:`shared.report.tracking._log`): of a result document, or of a comparison's tables."""
     import wandb
 
-    document, folder = job["document"], Path(job["folder"])
+    document, folder = job.get("document"), Path(job["folder"])
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -67,14 +67,18 @@ def log(job: Mapping[str, Any], mode: str) -> None:
         dir=str(folder),
         mode="online" if mode == "online" else "offline",
         resume="allow" if mode == "online" else None,
-        config=_config(document),
+        config=_config(document) if document else job["facts"],
         settings=settings,
     )
     if Path(run.dir).resolve().is_relative_to(folder.resolve()) is False:
         raise OSError(f"W&B cannot write in {folder}: make the folder writable")
-    run.log(dict(_media(job, folder)))
-    run.summary.update(_summary(document))
-    _artifact(run, job, folder)
+    if document:
+        run.log(dict(_media(job, folder)))
+        run.summary.update(_summary(document))
+        _artifact(run, job, folder)
+    else:
+        run.log({name: _rows_table(rows) for name, rows in job["tables"].items() if rows})
+        run.summary.update({f"verdicts/{verdict}": count for verdict, count in job["facts"]["verdicts"].items()})
     run.finish()
 
 
@@ -103,9 +107,8 @@ def _media(job: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
     rows = [_claim_cells(row) for row in document.get("claims", [])]
     yield "claims", _table(_CLAIM_COLUMNS, rows)
     for item in document.get("measurements", []):
-        names = list(dict.fromkeys(name for row in item.get("rows", []) for name in row))
-        if names:
-            yield f"tables/{_key(item)}", _table(names, [[row.get(name) for name in names] for row in item["rows"]])
+        if any(item.get("rows", [])):
+            yield f"tables/{_key(item)}", _rows_table(item["rows"])
     for key, svg in job["plots"].items():
         yield f"plots/{key}", wandb.Html(svg)
     for item in document.get("pictures", []):
@@ -151,6 +154,12 @@ def _claim_cells(row: Mapping[str, Any]) -> list[Any]:
         "control_ok": (row.get("control") or {}).get("ok"),
     }
     return [values.get(column) for column in _CLAIM_COLUMNS]
+
+
+def _rows_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A W&B table of rows by column name."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _table(names, [[row.get(name) for name in names] for row in rows])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

@@ -28,7 +28,7 @@ def digest(value: Any) -> str:
 
 @functools.cache
 def code_fingerprint(paper: str) -> str:
-    """A hash of all that can change a number: the code of the paper and of ``shared`` (less what only shows results), libraries, processor."""
+    """A hash of all that can change a number: the code of the paper and of ``shared`` (less what only shows results), libraries, CPU."""
     sources = [*(PAPERS / paper).rglob("*.py"), *(ROOT / "shared").rglob("*.py")]
     shows = {ROOT / "shared" / "report", ROOT / "shared" / "compare"}
     state = hashlib.sha256()

@@ -21,8 +21,7 @@ from yaml import YAMLError
 from shared.errors import UserError, unknown
 from shared.runner.papers import paper_names, register_search_path
 from shared.runner.paths import CONF, PAPERS
-
-_statuses: list[int] = []
+from shared.runner.sweep import current_sweep, end_sweep, run_label, statuses
 
 HELP = """\
 Check the headline numbers of machine-learning efficiency papers.
@@ -32,6 +31,7 @@ Check the headline numbers of machine-learning efficiency papers.
   python run.py paper=NAME claims=[ID,ID]       only what these claims need
   python run.py paper=NAME scale=full           the paper's sizes; timings need a GPU
   python run.py -m 'paper=glob(*)' seed=0,1,2   the whole suite
+  python run.py calibrate=cpu                   measure this machine (or cuda) and write its device file
 
 Papers     {papers}
 Devices    {devices}
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         devices = sorted(path.stem for path in (CONF / "device").glob("*.yaml"))
         print(HELP.format(papers=", ".join(paper_names()), devices=_wrapped(devices)))
         sys.exit(0)
+    if any(argument.startswith("calibrate=") for argument in argv):
+        sys.exit(_calibrate(argv))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them and exiting with 1
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -67,7 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(130)
     except Exception as error:
         sys.exit(_report(error))
-    sys.exit(max(_statuses, default=0))
+    finally:
+        end_sweep()
+    sys.exit(max(statuses, default=0))
+
+
+def _calibrate(argv: Sequence[str]) -> int:
+    """Measure this machine instead of checking a paper; no paper, device or scale has a say in it."""
+    from shared.calibrate import command
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        print(command.run(argv))
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _report(error)
+    return 0
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -76,7 +95,9 @@ def _hydra_main(config: DictConfig) -> int:
         status = run_composed(config, Path(HydraConfig.get().runtime.output_dir))
     except Exception as error:  # Hydra would print a line of its own; and the other jobs of a sweep go on
         status = _report(error)
-    _statuses.append(status)
+    if sweep := current_sweep():
+        sweep.advance()
+    statuses.append(status)
     return status
 
 
@@ -89,14 +110,16 @@ def run_composed(config: DictConfig, folder: Path) -> int:
     with_out = OmegaConf.merge(config, {"out": str(folder)})
     container: Any = OmegaConf.to_container(with_out, resolve=True, throw_on_missing=True)
     results_folder(folder)
-    with TerminalDisplay() as display:
+    label, sweep = run_label(config), current_sweep()
+    with sweep.display(label) if sweep else TerminalDisplay(label=label) as display:
         run, document = execute(container, display)
         path = write_results(run, document, folder, display)
     for experiment in run.experiments:
         if experiment.traceback:
             print(experiment.traceback, file=sys.stderr)
     display.finish(document)
-    print(path)
+    if not label:
+        print(path)  # a sweep ends with the folder of all its runs
     return exit_status(run)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.claims import Claim
 from shared.experiment import Artifact, Measurement, Picture, Table
-from shared.judge import Situation, judge
+from shared.judge import Situation, judge, model_interval
 from shared.runner.environment import environment
 from shared.runner.experiments import ExperimentRun
 
@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 def build_document(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """The document of a finished run. Pictures and artifacts are named here and written by :mod:`shared.runner.sinks`."""
     owner = {claim: experiment for experiment in run.experiments for claim in experiment.outcomes}
+    reads = {entry.name: list(entry.config) for entry in run.paper.experiments}
     return {
         "schema_version": SCHEMA_VERSION,
         "paper": run.paper.name,
@@ -39,6 +40,7 @@ def build_document(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
                 "name": experiment.name,
                 "seconds": round(experiment.total_seconds, 3),
                 "from_cache": experiment.from_cache,
+                "reads": reads[experiment.name],
             }
             for experiment in run.experiments
         ],
@@ -75,11 +77,14 @@ def claim_row(run: Run, claim: Claim, experiment: ExperimentRun | None) -> dict[
     outcome = run.outcomes[claim.id]
     judgement = run.judgements[claim.id]
     number = outcome if isinstance(outcome, Measurement) else None
+    low, high = (number.ci_low, number.ci_high) if number else (None, None)
+    if number and claim.evidence == "modelled" and number.model_error_rel:
+        low, high = model_interval(number)
     return {
         **_statement(claim),
         "value": _finite(number.value) if number else None,
-        "ci_low": _finite(number.ci_low) if number else None,
-        "ci_high": _finite(number.ci_high) if number else None,
+        "ci_low": _finite(low),
+        "ci_high": _finite(high),
         "n_seeds": number.n_seeds if number else 0,
         "values": list(number.values) if number else [],
         "model_error_rel": number.model_error_rel if number else None,
@@ -145,6 +150,9 @@ def rejudge(document: Mapping[str, Any], claims: Mapping[str, Claim]) -> dict[st
                 tuple(row["values"]),
                 row["model_error_rel"],
             )
+            modelled = Measurement(row["id"], row["value"], model_error_rel=row["model_error_rel"])
+            if claim.evidence == "modelled" and (number.ci_low, number.ci_high) == model_interval(modelled):
+                number = modelled  # the interval is the model's error alone, not one of the experiment's own
             judgement = judge(claim, number, situation)
             row = {
                 **row,

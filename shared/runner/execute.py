@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,9 @@ class Display(ProgressDisplay, Protocol):
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
+
+    def sink(self, function: Callable[..., list[str]], *arguments: Any) -> None:
+        """Run what only shows results, now or in the background, and show the notes that it returns."""
 
 
 @dataclass
@@ -97,11 +100,12 @@ def execute(config: Config, display: Display) -> tuple[Run, dict[str, Any]]:
     if settings.control:
         run.controls = _run_controls(config, run, context, situation)
     if settings.sensitivity:
-        from shared.runner.sensitivity import run_sensitivity
+        from shared.runner.sensitivity import run_sensitivity, sentence
 
         run.sensitivity = run_sensitivity(
             config, lambda claim_id: _experiment_of(paper, claim_id), claims, context, situation, run.outcomes
         )
+        run.notes += [sentence(claim_id, rows) for claim_id, rows in run.sensitivity.items() if rows]
     run.notes += cache.notes
     run.seconds = time.perf_counter() - clock
     return run, build_document(run, config)

@@ -66,7 +66,7 @@ def run_jobs(
     )
     failures: list[tuple[int, BaseException]] = []
     try:
-        with _uninterrupted():
+        with uninterrupted():
             futures = {
                 pool.submit(_work, target, index, job, workdir): index for index, (job, workdir) in enumerate(jobs)
             }
@@ -120,7 +120,7 @@ def _run_here(
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Start children that ignore Ctrl-C from their first instruction: it is handled once, by the main process."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -135,11 +135,11 @@ def _uninterrupted() -> Iterator[None]:
 def _start(threads: int, messages: Any) -> None:
     global _progress_queue
     _progress_queue = messages
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     set_threads(threads)
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     """A killed main process must not leave workers behind that go on burning cores."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -14,24 +14,33 @@ from shared.runner.execute import Display, Run
 def write_results(run: Run, document: dict[str, Any], folder: Path, display: Display) -> Path:
     """Write results.json, pictures, checkpoints, report.html and the W&B run; return the path of results.json.
 
+    In a sweep report.html and the W&B run are made in the background, while the next run computes.
+
     Raises:
         UserError: results.json cannot be written (everything computed is in the cache and comes back at once).
     """
     from shared.report.document import write_json
-    from shared.report.html import write_html
-    from shared.report.tracking import log_wandb
 
     _write_files(run, folder, document)
     path = folder / "results.json"
     write_json(document, path)
+    display.sink(show_results, document, folder, run.settings.tracking)
+    return path
+
+
+def show_results(document: dict[str, Any], folder: Path, tracking: str) -> list[str]:
+    """Make report.html and the W&B run of a finished run; notes of what could not be made."""
+    from shared.report.html import write_html
+    from shared.report.tracking import log_wandb
+
+    notes = []
     try:
         write_html(document, folder)
-    except OSError as error:
-        display.note(f"report.html could not be written ({error.strerror}); results.json holds everything")
-    warning = log_wandb(document, folder, run.settings.tracking)
-    if warning:
-        display.note(warning)
-    return path
+    except (OSError, UserError) as error:
+        notes.append(f"report.html could not be written ({error}); results.json holds everything")
+    if warning := log_wandb(document, folder, tracking):
+        notes.append(warning)
+    return notes
 
 
 def _write_files(run: Run, folder: Path, document: dict[str, Any]) -> None:

@@ -37,7 +37,9 @@ def forward_cost(
     per_score = 6 + (mask is not None) + 3 * (dropout_p > 0)
     read = sum(size_bytes(t) for t in (query, key, value, mask) if t is not None)
     written = sum(size_bytes(t) for t in (out, logsumexp) if t is not None)
-    return FullCost("attention", 2 * (qk + pv), per_score * scores, read, written)
+    batch = scores // max(query.shape[-2] * key.shape[-2], 1)
+    shape = (batch, query.shape[-2], key.shape[-2], query.shape[-1])
+    return FullCost("attention", 2 * (qk + pv), per_score * scores, read, written, shape)
 
 
 def backward_cost(

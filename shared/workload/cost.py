@@ -40,13 +40,20 @@ class UnknownOperator(UserError):
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one call. ``None`` for bytes means: every operand once, every result once."""
+    """Cost of one call. ``None`` for bytes means: every operand once, every result once.
+
+    ``shape``: (batch, m, n, k) of the matrix product that the FLOPs are of, for models of how well a shape uses the hardware: a
+    convolution has its groups as batch and output pixels x channels out x (channels in x kernel), attention has heads x images as
+    batch and queries x keys x head width. A reduction or normalisation of m rows of k elements has (1, m, 1, k), and so has a gather of
+    m rows of k elements. Empty where there is none or several.
+    """
 
     kind: str
     flops: int = 0
     vector_ops: int = 0
     bytes_read: int | None = None
     bytes_written: int | None = None
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -64,6 +71,7 @@ class FullCost:
     vector_ops: int
     bytes_read: int
     bytes_written: int
+    shape: tuple[int, ...] = ()
 
 
 def size_bytes(tensor: torch.Tensor) -> int:
@@ -174,7 +182,7 @@ class Call:
         """``cost`` with the bytes that it leaves open: every operand once, every result once."""
         read = self.bytes_in() if cost.bytes_read is None else cost.bytes_read
         written = self.bytes_out() if cost.bytes_written is None else cost.bytes_written
-        return FullCost(cost.kind, cost.flops, cost.vector_ops, read, written)
+        return FullCost(cost.kind, cost.flops, cost.vector_ops, read, written, cost.shape)
 
 
 Rule = Callable[[Call], Cost]

@@ -21,9 +21,27 @@ def _from_torch(kind: str, added: str | None, *operands: str) -> Rule:
         formula = flop_registry[call.func.overloadpacket]
         flops = formula(*(call.arg(name) for name in operands), out_val=call.out)
         bias = added is not None and call.arg(added) is not None and call.arg("beta", 1) != 0
-        return Cost(kind, int(flops), call.out.numel() if bias else 0)
+        return Cost(kind, int(flops), call.out.numel() if bias else 0, shape=_shape(call, kind, operands, int(flops)))
 
     return rule
+
+
+def _shape(call: Call, kind: str, operands: tuple[str, ...], flops: int) -> tuple[int, ...]:
+    """(batch, m, n, k); a convolution is the matrix product that im2col would make of it, one for each group."""
+    out = call.out
+    if flops == 0:
+        return ()
+    if kind == "matmul":
+        return (
+            out.numel() // (out.shape[-2] * out.shape[-1]),
+            out.shape[-2],
+            out.shape[-1],
+            call.arg(operands[0]).shape[-1],
+        )
+    if call.arg("transposed"):
+        return ()
+    groups, weight = int(call.arg("groups", 1)), call.arg("weight")
+    return (groups, out.numel() // out.shape[1], out.shape[1] // groups, weight.numel() // weight.shape[0])
 
 
 register_rule("aten.mm", _from_torch("matmul", None, "self", "mat2"))

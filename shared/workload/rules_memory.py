@@ -77,10 +77,23 @@ def _gather(source: str) -> Rule:
     """One element of ``source`` is read for each element of the result."""
 
     def rule(call: Call) -> Cost:
-        element = call.arg(source).element_size()
-        return Cost("gather", bytes_read=call.outputs[0].numel() * element + call.bytes_in(source))
+        table, elements = call.arg(source), call.outputs[0].numel()
+        read = elements * table.element_size() + call.bytes_in(source)
+        return Cost("gather", bytes_read=read, shape=_gathered_rows(call, table, elements))
 
     return rule
+
+
+def _gathered_rows(call: Call, table: torch.Tensor, elements: int) -> tuple[int, ...]:
+    """(1, rows, 1, width) where whole rows of the first dimension are picked."""
+    indices = call.arg("indices")
+    first = (
+        len(indices) == 1 and indices[0] is not None if isinstance(indices, list | tuple) else call.arg("dim", 0) == 0
+    )
+    width = prod(table.shape[1:])
+    if not first or not elements or call.op in ("aten.gather", "aten.take"):
+        return ()
+    return (1, elements // width, 1, width)
 
 
 def _indexed_elements(tensor: torch.Tensor, indices: Any) -> int:

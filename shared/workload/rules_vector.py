@@ -85,7 +85,18 @@ def _gelu(call: Call) -> Cost:
 
 
 def _reduction(per_element: int) -> Rule:
-    return lambda call: Cost("vector", vector_ops=per_element * call.inputs[0].numel())
+    def rule(call: Call) -> Cost:
+        source, result = call.inputs[0], call.outputs[0].numel()
+        dim = call.arg("dim")
+        length = source.shape[dim] if isinstance(dim, int) and source.dim() else source.numel() // max(result, 1)
+        return Cost("vector", vector_ops=per_element * source.numel(), shape=_rows(source, length))
+
+    return rule
+
+
+def _rows(source: torch.Tensor, length: int) -> tuple[int, ...]:
+    """(1, rows, 1, length) of an operation along rows of ``source``."""
+    return (1, source.numel() // length, 1, length) if length > 0 else ()
 
 
 def _random(call: Call) -> Cost:
@@ -147,7 +158,8 @@ def _normalise(call: Call) -> Cost:
         written += sum(
             size_bytes(call.arg(name)) for name in ("running_mean", "running_var") if call.arg(name) is not None
         )
-    return Cost("vector", vector_ops=elements * (6 + affine), bytes_written=written)
+    shape = _rows(call.inputs[0], prod(call.arg("normalized_shape", ())) if "layer_norm" in call.op else 0)
+    return Cost("vector", vector_ops=elements * (6 + affine), bytes_written=written, shape=shape)
 
 
 def _rms_norm(call: Call) -> Cost:

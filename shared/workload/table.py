@@ -22,7 +22,7 @@ class Op:
 
     ``phase`` is backward for what the autograd engine runs (recomputation included), forward for everything else, the optimiser
     included. ``module`` is the dotted path of the module that ran it ('' outside all modules), in the backward pass of the module
-    whose forward pass made the graph node.
+    whose forward pass made the graph node. ``shape`` is (batch, m, n, k) of a matrix product, see :class:`~shared.workload.Cost`.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Op:
     bytes_read: int
     bytes_written: int
     count: int = 1
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class CostArrays(TypedDict):
     count: npt.NDArray[np.int64]
     dtype_id: npt.NDArray[np.intp]
     dtypes: tuple[str, ...]
+    shape: tuple[tuple[int, ...], ...]
 
 
 def _totals(ops: Iterable[Op]) -> Totals:
@@ -204,7 +206,17 @@ class Workload:
         """
         merged: dict[tuple[Any, ...], Op] = {}
         for op in self.ops:
-            key = (op.name, op.kind, op.phase, op.dtype, op.flops, op.vector_ops, op.bytes_read, op.bytes_written)
+            key = (
+                op.name,
+                op.kind,
+                op.phase,
+                op.dtype,
+                op.flops,
+                op.vector_ops,
+                op.bytes_read,
+                op.bytes_written,
+                op.shape,
+            )
             if (first := merged.get(key)) is None:
                 merged[key] = op
             else:
@@ -244,6 +256,7 @@ class Workload:
             count=np.array([op.count for op in self.ops], dtype=np.int64),
             dtype_id=np.array([dtypes[op.dtype] for op in self.ops], dtype=np.intp),
             dtypes=tuple(dtypes),
+            shape=tuple(op.shape for op in self.ops),
         )
 
     def to_dict(self) -> dict[str, Any]:

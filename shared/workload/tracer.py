@@ -92,7 +92,9 @@ class _Dispatch(TorchDispatchMode):
     def _book(self, name: str, module: str, is_backward: bool, dtype: torch.dtype, cost: FullCost) -> None:
         phase: Phase = "backward" if is_backward else "forward"
         figures = (cost.flops, cost.vector_ops, cost.bytes_read, cost.bytes_written)
-        self.ops.append(Op(name, module, cost.kind, phase, str(dtype).removeprefix("torch."), *figures))
+        self.ops.append(
+            Op(name, module, cost.kind, phase, str(dtype).removeprefix("torch."), *figures, shape=cost.shape)
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ WRONG = {
     "uncertainty over 1": ("peak.fp32.rel_unc", 2.0, "rel_unc must be in [0, 1)"),
     "no source": ("peak.fp32.source", ..., "peak.fp32.source is missing"),
     "empty source": ("peak.fp32.source", " ", "source must say where"),
-    "unknown tag": ("peak.fp32.tag", "guessed", "'read', 'page', 'derived', 'fit' or 'recalled'"),
+    "unknown tag": ("peak.fp32.tag", "guessed", "'read', 'page', 'derived', 'fit', 'measured' or 'recalled'"),
     "no scope": ("power.limit.scope", ..., "power.limit: a figure in W needs a scope"),
     "scope too much": ("peak.fp32.scope", "board", "a figure in op/s cannot have a scope"),
     "unknown key": ("peek", {}, "unknown key 'peek': did you mean 'peak'?"),

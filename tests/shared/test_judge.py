@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shared.claims import Claim
 from shared.experiment import Measurement, NotTested, mean_interval
-from shared.judge import Failure, Situation, Verdict, judge
+from shared.judge import Failure, Situation, Verdict, judge, model_interval
 from tests.shared.test_claims import claim_data
 
 HERE = Situation("reduced", "zcu104")
@@ -142,7 +142,8 @@ def test_a_replication_is_always_within_tolerance(value: float, target: float, n
     if result == Verdict.REPLICATED:
         assert abs(value - target) <= rel * abs(target) * (1 + 1e-6) + 2e-9 * abs(target)
     if result == Verdict.DIRECTION:
-        assert (value - neutral) * (target - neutral) > 0
+        assert value != neutral
+        assert (value > neutral) == (target > neutral)
 
 
 @given(st.floats(-100, 100), st.floats(0.01, 10))
@@ -162,3 +163,36 @@ def test_mean_interval_by_hand() -> None:
     assert low == pytest.approx(2.0 - 4.302653 / math.sqrt(3), abs=1e-5)
     assert high == pytest.approx(2.0 + 4.302653 / math.sqrt(3), abs=1e-5)
     assert mean_interval([5.0])[1:] == (-math.inf, math.inf)
+
+
+def test_a_modelled_number_carries_its_models_error() -> None:
+    claim = make(evidence="modelled", tolerance={"rel": 0.45, "reason": "wide enough for the test"})
+    assert model_interval(Measurement("speedup", 2.0, model_error_rel=0.1)) == (1.8, 2.2)
+    assert model_interval(Measurement("speedup", -2.0, model_error_rel=0.1)) == (-2.2, -1.8)
+    assert verdict(claim, 1.5, model_error_rel=0.1) == Verdict.REPLICATED  # within 45 % of 2, and clear of 1
+    inside = judge(claim, Measurement("speedup", 1.12, model_error_rel=0.2), HERE)  # [0.9, 1.34] includes 1
+    assert inside.verdict == Verdict.DIRECTION
+    assert "the tolerance" not in inside.reason
+
+
+@pytest.mark.parametrize("relation", ["equals", "ordering"])
+def test_a_model_without_a_published_error_never_replicates(relation: str) -> None:
+    stated = {} if relation == "equals" else {"value": None, "tolerance": None}
+    claim = make(evidence="modelled", relation=relation, **stated)
+    assert verdict(claim, 2.0, model_error_rel=0.01) == Verdict.REPLICATED
+    assert verdict(claim, 2.0) == Verdict.DIRECTION
+
+
+def test_an_ordering_inside_the_models_error_is_a_direction() -> None:
+    claim = make(evidence="modelled", relation="ordering", value=None, tolerance=None)
+    assert verdict(claim, 1.3, model_error_rel=0.2) == Verdict.REPLICATED  # [1.04, 1.56]
+    assert verdict(claim, 1.2, model_error_rel=0.2) == Verdict.DIRECTION  # [0.96, 1.44]
+    assert verdict(claim, 0.9, model_error_rel=0.2) == Verdict.NOT_REPLICATED  # the model itself says the opposite
+
+
+@given(st.floats(1.0001, 3.0), st.floats(0.0, 0.9), st.floats(0.0, 0.9))
+def test_a_larger_error_of_the_model_never_improves_a_verdict(value: float, error: float, more: float) -> None:
+    claim = make(evidence="modelled", tolerance={"rel": 0.4, "reason": "for the property"})
+    order = [Verdict.NOT_REPLICATED, Verdict.DIRECTION, Verdict.REPLICATED]
+    worse = verdict(claim, value, model_error_rel=error + more)
+    assert order.index(worse) <= order.index(verdict(claim, value, model_error_rel=error))

@@ -65,7 +65,7 @@ def test_the_plot_of_claims_names_each_claim_in_the_colour_of_its_verdict() -> N
         assert f">{ident}</text>" in text
     assert "gpu_energy" not in text
     assert "69.002 ms vs 69.033 ms" in text
-    assert "var(--v-not-replicated, #c22f3d)" in text
+    assert "var(--v-not-replicated, #b02330)" in text
     assert "var(--band, #c9d6ea)" in text
     assert "var(--v-error" not in text
 
