@@ -44,7 +44,7 @@ def died(config: DictConfig, folder: Path, error: BaseException) -> dict[str, An
     from shared.runner.settings import read_settings, select_claims
 
     container: Any = OmegaConf.to_container(
-        OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True
+        OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True
     )
     container["out"] = str(folder)
     settings = read_settings(container)
