@@ -12,7 +12,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,8 @@ def _ratio(ratio: Ratio) -> list[float]:
 
 
 def measure_all(
-    blocks: int, batches: tuple[int, ...], *, compile_peer: bool, save: Callable[[dict[str, Any]], object]
+    blocks: int, batches: tuple[int, ...], *, compile_peer: bool, save: Callable[[dict[str, Any]], object],
+    models: Sequence[str] = MODELS,
 ) -> dict[str, Any]:  # fmt: skip
     """All numbers; ``save`` gets the growing result after each part, so that a broken part does not lose the others."""
     result: dict[str, Any] = {
@@ -295,7 +296,7 @@ def measure_all(
         "graph_errors": graph_errors(),
         "networks": [],
     }
-    for name in MODELS:
+    for name in models:
         for batch in batches:
             result["networks"].append(network(name, batch, blocks))
             save(result)

@@ -104,7 +104,9 @@ def gpu_measurements(cfg: Any, ctx: Context) -> Iterator[Result]:
         if cfg.gpu.keep:
             Path(cfg.gpu.keep).write_text(json.dumps(result, indent=1) + "\n")
 
-    result = measure_all(cfg.method.blocks, batches, compile_peer=cfg.gpu.compile, save=save)
+    result = measure_all(
+        cfg.method.blocks, batches, compile_peer=cfg.gpu.compile, save=save, models=list(cfg.gpu.models)
+    )
     small, large = (_rows(result, batch) for batch in (min(batches), max(batches)))
     ours = _variant(cfg.method)
     note = f"{result['machine']}, torch {result['torch']}"

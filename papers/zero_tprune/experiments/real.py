@@ -22,7 +22,8 @@ def gpu_throughput(cfg: Any, ctx: Context) -> Iterator[Result]:
     """DeiT-S on this GPU: runs ``papers.zero_tprune.gpu`` in a process of its own and reads its JSON."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "gpu.json"
-        command = [sys.executable, "-m", "papers.zero_tprune.gpu", "--out", str(out), "--only", "check,stages,throughput,memory",
+        command = [sys.executable, "-m", "papers.zero_tprune.gpu", "--out", str(out), "--only", "throughput,stages,check",
+                   "--models", "deit_small_patch16_224", "--precisions", "fp32,bf16", "--batches", "128,256",
                    "--budget-s", str(cfg.gpu.budget_s)]  # fmt: skip
         if not cfg.gpu.prunes:
             command.append("--unpruned")

@@ -94,6 +94,9 @@ def test_committed_gpu_measurement_meets_its_bounds() -> None:
     result = json.loads((FOLDER / "reference" / "h100_sxm.json").read_text())
     rows = {entry["batch"]: entry["rows"] for entry in result["networks"] if entry["model"] == "mobilenetv3_small_100"}
     assert max(result["kernel_errors"].values()) < 1e-6
+    assert max(result["block_errors"].values()) < 1e-5
+    assert max(result["graph_errors"].values()) < 1e-5
+    assert rows[8]["mobiletl"]["loop_over_ft_blocks"][2] < 1.0
     assert rows[8]["mobiletl"]["graph_over_ft_blocks"][2] < 1.0
     assert rows[128]["mobiletl"]["peak_bytes"] < 0.6 * rows[128]["ft_blocks"]["peak_bytes"]
 
