@@ -13,9 +13,14 @@ from shared.files import set_aside, whole_file, write_whole
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     write_whole(path, b"old")
-    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as file:
-        file.write(b"new, but not all of it")
-        raise RuntimeError("half way")
+
+    def half_written() -> None:
+        with whole_file(path) as file:
+            file.write(b"new, but not all of it")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half_written()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
