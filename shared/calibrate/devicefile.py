@@ -27,6 +27,7 @@ START_BYTES = {
 }  # a last cache that other processors share; also about where a C library asks for new pages at each call
 # Classes that may compute longer than they move; on a CPU simple elementwise work in half precision is among them.
 COMPUTING = ("attention", "special", "layer_norm", "softmax", "reduction", "pool", "integer")
+SHORT = 16  # elements of a row: without rows so short the points do not tell what short ones cost
 MEMORY_SLACK = 0.06  # what a driver keeps for itself
 
 
@@ -59,7 +60,9 @@ def draft(measured: Measured, samples: Samples, base: str | None) -> dict[str, A
             chosen = (samples.classes == name) & (samples.precisions == precision)
             if chosen.sum() >= FEWEST:
                 has_vector = bool((samples.arrays.vector_ops[chosen] > 0).any())
-                operators.setdefault(name, {})[precision] = _law(name, tiled, has_vector, source)
+                lengths = samples.arrays.shapes()[chosen, 3]
+                has_short = bool(((lengths > 0) & (lengths <= SHORT)).any())
+                operators.setdefault(name, {})[precision] = _law(name, tiled, has_vector, has_short, source)
     caches = [level for level in ("l2", "l3") if level in data["memory"]]
     for level, faster in zip(caches, (4.0, 2.0), strict=False):
         cache = data["memory"][level]
@@ -79,15 +82,16 @@ def draft(measured: Measured, samples: Samples, base: str | None) -> dict[str, A
     return data
 
 
-def _law(name: str, tiled: bool, has_vector: bool, source: str) -> dict[str, Any]:
-    """Starting values; which figures a class has follows from what its kernels do."""
+def _law(name: str, tiled: bool, has_vector: bool, has_short: bool, source: str) -> dict[str, Any]:
+    """Starting values; which figures a class has follows from what its kernels do, and from what the points can tell."""
     law: dict[str, Any] = {"bandwidth": figure(1.0, "ratio", source), "overhead": figure(3e-6, "s", source)}
     if name in MATRIX:
         law["compute"] = figure(0.01 if name == "depthwise" else 0.3, "ratio", source)
         law["serial"] = figure(0.3, "ratio", source)
         halves = {"attention": "k", "depthwise": ""}.get(name, "k" if tiled else "mnk")
     else:
-        halves = "k" if name in ("layer_norm", "softmax", "reduction", "gather_rows") else ""
+        by_rows = name in ("layer_norm", "softmax", "gather_rows") or (name == "reduction" and has_short)
+        halves = "k" if by_rows else ""
     if has_vector and (name in COMPUTING or (not tiled and name in ("pointwise", "broadcast", "batch_norm"))):
         law["vector"] = figure(0.3, "ratio", source)
     return law | {f"{x}_half": figure(64.0, "count", source) for x in halves}

@@ -180,11 +180,16 @@ def _log(rng: Rng, low: float, high: float, step: int = 1) -> int:
     return max(step, round(math.exp(rng.uniform(math.log(low), math.log(high))) / step) * step)
 
 
+def _step(rng: Rng) -> int:
+    """Half of the widths are multiples of 64, as most networks have them."""
+    return int(rng.choice([8, 64]))
+
+
 def _draw_conv(rng: Rng) -> Iterator[int]:
     kernel = int(rng.choice([1, 1, 3, 3, 5]))
-    stride = int(rng.choice([1, 1, 1, 2]))
+    stride, step = int(rng.choice([1, 1, 1, 2])), _step(rng)
     return iter(
-        (_log(rng, 1, 256), _log(rng, 16, 1024, 8), _log(rng, 16, 1024, 8), _log(rng, 6, 120), kernel, stride, 1)
+        (_log(rng, 1, 256), _log(rng, 16, 1024, step), _log(rng, 16, 1024, step), _log(rng, 6, 120), kernel, stride, 1)
     )
 
 
@@ -210,7 +215,8 @@ def _draw_tokens(rng: Rng) -> Iterator[int]:
 def _draw_linear(rng: Rng) -> Iterator[int]:
     """Half of them with many rows, as batches of tokens or pixels have."""
     rows = _log(rng, 1024, 131072) if rng.random() < 0.5 else _log(rng, 1, 4096)
-    return iter((rows, _log(rng, 32, 8192, 8), _log(rng, 32, 8192, 8)))
+    step = _step(rng)
+    return iter((rows, _log(rng, 32, 8192, step), _log(rng, 32, 8192, step)))
 
 
 def _draw_gather(rng: Rng) -> Iterator[int]:

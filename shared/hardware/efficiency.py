@@ -34,6 +34,7 @@ Get = Callable[[str], Array]  # path of a figure -> values (n,)
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 16), (16, 128))
 SMALLEST = (16, 16)  # no tile is less
 SPLITS = (1, 2, 4, 8, 16)  # along k
+STEP = 16  # of k, what a matrix instruction takes
 QUERY_TILE = 128  # rows of queries and keys of a tile of fused attention
 SHARPNESS = 4.0  # of the edge of a cache
 
@@ -143,11 +144,15 @@ def has_laws(device: Device, arrays: WorkloadArrays) -> bool:
 
 
 def law_path(device: Device, name: str, dtype: str) -> str:
-    """Path of the law of a class in a precision (torch's name or the data sheet's); whole numbers move as single precision does.
+    """Path of the law of a class in a precision (torch's name or the data sheet's).
+
+    Whole numbers move as single precision does, and where their arithmetic was not measured apart it is elementwise work like any other.
 
     Raises:
         UserError: it was not calibrated.
     """
+    if name == "integer" and name not in device.calibration.operators:
+        name = "pointwise"
     laws = device.calibration.operators.get(name)
     if laws is None:
         have = ", ".join(device.calibration.operators)
@@ -230,7 +235,7 @@ def _use(device: Device, shapes: npt.NDArray[np.float64], name: str, given: Mapp
         slow = slow / (1.0 + edge[:, None] * (1.0 / TILES[0][0] + 1.0 / TILES[0][1]))
         tiles = batch * np.ceil(m / rows) * np.ceil(n / columns)
         for split in SPLITS:
-            steps = np.ceil(k / split) + half["k"][:, None]
+            steps = np.ceil(k / split / STEP) * STEP + half["k"][:, None]
             waves = np.ceil(tiles * split / units[:, None])
             best = np.minimum(best, waves * units[:, None] * rows * columns * steps * slow)
     return np.where(known, batch * m * n * k / best, 1.0)

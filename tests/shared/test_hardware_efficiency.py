@@ -67,10 +67,13 @@ def seconds(work: WorkloadArrays, data: dict[str, Any] | None = None) -> float:
 @pytest.mark.parametrize(
     ("shape", "use"),
     [
-        ((256, 512, 900), 0.9),  # four tiles of 256 x 128 fill the four units; k / (k + 100)
-        ((256, 128, 4900), 1225 / 1325),  # one tile, its 4900 steps split in four: each takes 1225 and waits 100
+        (
+            (256, 512, 900),
+            900 / 1012,
+        ),  # four tiles of 256 x 128 fill the four units; 57 times 16 steps, and 100
+        ((256, 128, 4900), 1225 / 1332),  # one tile, its 4900 steps split in four: each takes 77 times 16 and waits 100
         # Five tiles of 256 x 128 take two waves; ten of 128 x 128, 8/7 slower, take three: 3 x 16384 x 8/7 < 2 x 32768.
-        ((256, 640, 100), 0.5 * 256 * 640 / (4 * 3 * 128 * 128 * 8 / 7)),
+        ((256, 640, 100), 100 / 212 * 256 * 640 / (4 * 3 * 128 * 128 * 8 / 7)),
     ],
 )
 def test_use_of_tiles_and_waves_by_hand(shape: tuple[int, int, int], use: float) -> None:
