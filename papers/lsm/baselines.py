@@ -1,5 +1,5 @@
 """What the liquid is compared with: the same network trained by back-propagation through time (SRNN), with a linear or a spiking output,
-and a plain recurrent network (Sec. 3.5). The scan keeps the loop small: input products of all steps in one, gradients by hand.
+and a plain recurrent network. The scan keeps the loop small: input products of all steps in one, gradients by hand.
 """
 
 from __future__ import annotations

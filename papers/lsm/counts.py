@@ -1,6 +1,6 @@
 """Counts at the paper's full sizes: multiply-accumulates, conversions, cells, parameters, and four ways to count a training cost.
 
-1 MAC = 2 FLOPs. The sizes are those of the official scripts (Sec. 4.4 to 4.6 of the card's notes name what each rule counts).
+1 MAC = 2 FLOPs. The sizes are those of the official scripts; what the paper counted is not known, so every rule says what it counts.
 """
 
 from __future__ import annotations

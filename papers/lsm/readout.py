@@ -1,4 +1,4 @@
-"""Linear read-outs of frozen spike counts (Sec. 3.2 of the official scripts): ridge in closed form, logistic regression by scikit-learn.
+"""Linear read-outs of frozen spike counts (as in the official scripts): ridge in closed form, logistic regression by scikit-learn.
 
 Penalties are chosen on the validation split only.
 """

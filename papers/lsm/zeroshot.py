@@ -1,4 +1,4 @@
-"""Contrastive alignment of two frozen encoders and retrieval across modalities (Sec. 3.3, 3.4), for many problems at once.
+"""Contrastive alignment of two frozen encoders and retrieval across modalities, for many problems at once.
 
 A problem is a set of unseen classes: heads are trained on the other classes and scored on both. All problems of a protocol (36 pairs of
 nine digits, 23 windows of four letters) are trained together as one batch of small matrix products.

@@ -1,15 +1,13 @@
 """What calls the Triton kernels: the forward pass of one MoE layer without a host synchronisation, for CUDA graphs.
 
-Two ways to the same result, chosen by shape (:func:`plan`), never by looking at the routing: ``fused`` is the Triton kernels
-throughout, ``grouped_mm`` takes torch's grouped product for the two GEMMs between our sort and our combine. Both serve MoE++ and the
-vanilla layer alike. With ``TRITON_INTERPRET=1`` the kernels run on a CPU.
+Tiles are chosen by shape (:func:`plan`), never by looking at the routing. The same kernels serve MoE++ and the vanilla layer. For
+comparison a plan can also take torch's grouped product between our sort and our combine. With ``TRITON_INTERPRET=1`` the kernels run
+on a CPU.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -38,7 +36,6 @@ class Gemm:
     stages: int
     group: int = 8
     joint: bool = False  # gate and up projection in one product
-    gather: bool = False  # rows are picked inside the product instead of before it
     flatten: bool = False
     per_sm: int = 1  # programs on each multiprocessor
 
@@ -50,7 +47,6 @@ class Plan:
     backend: Literal["fused", "grouped_mm"]
     first: Gemm
     second: Gemm
-    split: bool = False  # tokens without an FFN expert are finished on a second stream while the products run
 
     def __post_init__(self) -> None:
         if self.first.bm != self.second.bm:
@@ -123,7 +119,10 @@ def route(
 
 
 def gemm(a: Tensor, w: Tensor, place: Sorted, how: Gemm, *, gated: bool) -> Tensor:
-    """Sorted rows (tokens with ``how.gather``) times the experts' ``w`` [E, H or 2H, D]; SwiGLU of the two halves if ``gated``."""
+    """One product with the experts' ``w``.
+
+    gated: ``a`` are tokens [T, D], picked by row, and w is [E, 2H, D], with a SwiGLU of its halves; else sorted rows and [E, H, D].
+    """
     experts, height, depth = w.shape
     h = height // 2 if gated else height
     out = torch.empty(place.rows, h, dtype=a.dtype, device=a.device)
@@ -132,44 +131,31 @@ def gemm(a: Tensor, w: Tensor, place: Sorted, how: Gemm, *, gated: bool) -> Tens
         weights = TensorDescriptor.from_tensor(w.view(experts * 2, h, depth), [2, how.bn, how.bk])
     else:
         weights = TensorDescriptor.from_tensor(w.view(experts * height, depth), [how.bn, how.bk])
-    source = a if how.gather else TensorDescriptor.from_tensor(a, [how.bm, how.bk])
+    source = a if gated else TensorDescriptor.from_tensor(a, [how.bm, how.bk])
     target = TensorDescriptor.from_tensor(out, [how.bm, how.bn])
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 or a.dtype != torch.float32 else "ieee"
     programs = min(place.tiles * -(-h // how.bn), _multiprocessors(a.device) * how.per_sm)
     tk.expert_gemm[(programs,)](
         source, weights, target, place.token_of_row, place.tile_expert, place.tile_end, place.tile_count, D=depth, H=h, BM=how.bm,
-        BN=how.bn, BK=how.bk, GROUP=how.group, GATED=gated, GATHER=how.gather, JOINT=joint, FLATTEN=how.flatten,
+        BN=how.bn, BK=how.bk, GROUP=how.group, GATED=gated, JOINT=joint, FLATTEN=how.flatten,
         DTYPE=_TYPES[a.dtype], PRECISION=precision, num_warps=how.warps, num_stages=how.stages,
-    )  # fmt: skip
-    return out
-
-
-def gather_rows(x: Tensor, place: Sorted, align: int) -> Tensor:
-    """Rows of x [T, d] in the order of the experts."""
-    out = torch.empty(place.rows, x.shape[1], dtype=x.dtype, device=x.device)
-    part = min(8, align)
-    tk.gather_rows[(place.rows // part,)](
-        x, out, place.token_of_row, place.tile_end, place.tile_count, D=x.shape[1], BM=align, PART=part, BD=_chunk(x.shape[1]), num_warps=4,
     )  # fmt: skip
     return out
 
 
 def combine(
     rows: Tensor, place: Sorted, ids: Tensor, gates: Tensor, x: Tensor, experts: int, w_const: Tensor | None, v_const: Tensor | None,
-    copies: int, *, out: Tensor | None = None, part: int = 0, tile: tuple[int, int, int] | None = None,
+    copies: int,
 ) -> Tensor:  # fmt: skip
-    """Output [T, d] from the experts' rows and the zero-computation experts, one pass.
-
-    part: 1 for tokens without an FFN expert only, 2 for the others, into ``out``; ``tile``: tokens, columns, warps of a program.
-    """
+    """Output [T, d] from the experts' rows and the zero-computation experts, one pass."""
     tokens, d = x.shape
-    y = torch.empty_like(x) if out is None else out
+    y = torch.empty_like(x)
     constants = 0 if v_const is None else v_const.shape[0]
-    block, columns, warps = tile or (4 if tokens > 2048 else 1, _chunk(d), 4)
+    block = 4 if tokens > 2048 else 1
     tk.combine[(-(-tokens // block),)](
         rows, place.position, ids, gates, x, x if w_const is None else w_const, x if v_const is None else v_const, y, tokens, D=d,
-        E=experts, CONST=constants, COPY=copies, K=ids.shape[1], K_PAD=_power_of_two(ids.shape[1]), BT=block, BD=columns, PART=part,
-        num_warps=warps,
+        E=experts, CONST=constants, COPY=copies, K=ids.shape[1], K_PAD=_power_of_two(ids.shape[1]), BT=block, BD=_chunk(d),
+        num_warps=4,
     )  # fmt: skip
     return y
 
@@ -202,17 +188,14 @@ def fits(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
 
 
 def plan(tokens: int, k: int, experts: int, d: int, h: int, dtype: torch.dtype, share: float = 1.0) -> Plan:
-    """The way for a layer of this shape; ``share`` of the assignments is expected at FFN experts. Small tiles where each gets few rows.
-
-    With few FFN assignments many tokens have none at all: a second stream finishes them while the products run.
-    """
+    """The way for a layer of this shape; ``share`` of the assignments is expected at FFN experts. Small tiles where each gets few rows."""
     if dtype == torch.float32:
-        return Plan("fused", Gemm(64, 32, 32, 8, 2, gather=True), Gemm(64, 64, 32, 8, 2))
+        return Plan("fused", Gemm(64, 32, 32, 8, 2), Gemm(64, 64, 32, 8, 2))
     if share * tokens * k < 192 * experts:
-        first = Gemm(64, 64, 64, 4, 3, joint=True, gather=True, per_sm=2)
+        first = Gemm(64, 64, 64, 4, 3, joint=True, per_sm=2)
         return Plan("fused", first, Gemm(64, 64, 64, 4, 4, per_sm=2))
-    first, second = Gemm(128, 128, 64, 8, 3, joint=True, gather=True), Gemm(128, 256, 64, 8, 3, flatten=True)
-    return Plan("fused", first, second, split=share < 0.45 and tokens >= 16_384)
+    first, second = Gemm(128, 128, 64, 8, 3, joint=True), Gemm(128, 256, 64, 8, 3, flatten=True)
+    return Plan("fused", first, second)
 
 
 def forward(
@@ -233,16 +216,7 @@ def forward(
     experts, h = w_in.shape[0], w_out.shape[2]
     how = how or plan(x.shape[0], ids.shape[1], experts, x.shape[1], h, x.dtype, share)
     place = sort_assignments(ids, experts, 1 if how.backend == "grouped_mm" else how.first.bm)
-    mix = (ids, gates, x, experts, w_const, v_const, copies)
-    if not how.split:
-        return combine(_rows(x, w_in, w_out, place, how), place, *mix)
-    y = torch.empty_like(x)
-    with _beside(x.device):
-        combine(x, place, *mix, out=y, part=1)
-    combine(_rows(x, w_in, w_out, place, how), place, *mix, out=y, part=2)
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
-    return y
+    return combine(_rows(x, w_in, w_out, place, how), place, ids, gates, x, experts, w_const, v_const, copies)
 
 
 def _rows(x: Tensor, w_in: Tensor, w_out: Tensor, place: Sorted, how: Plan) -> Tensor:
@@ -250,22 +224,7 @@ def _rows(x: Tensor, w_in: Tensor, w_out: Tensor, place: Sorted, how: Plan) -> T
     if how.backend == "grouped_mm":
         picked = x[place.token_of_row.clamp(0, x.shape[0] - 1)]  # rows past the last group are not initialised
         return grouped_mm_rows(picked, w_in, w_out, place.ends)
-    source = x if how.first.gather else gather_rows(x, place, how.first.bm)
-    return gemm(gemm(source, w_in, place, how.first, gated=True), w_out, place, how.second, gated=False)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _beside(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on a second stream what depends on all that was launched so far."""
-    if device.type != "cuda":
-        return nullcontext()
-    side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(side)
+    return gemm(gemm(x, w_in, place, how.first, gated=True), w_out, place, how.second, gated=False)
 
 
 def grouped_mm_rows(rows: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernels behind :mod:`papers.moepp.kernels`: routing, counting sort, grouped GEMM with fused gather and SwiGLU, combine.
+"""The Triton kernels behind :mod:`papers.moepp.kernels`: routing, counting sort, grouped product with gather and SwiGLU, combine.
 
 Legend: T tokens, K picks per token, E FFN experts, d model width (D), h expert width (H), BM/BN/BK rows, columns and depth of a tile.
 Rows are the assignments to FFN experts, grouped by expert; each group starts at a multiple of ALIGN, so that a tile of BM = ALIGN rows
@@ -130,12 +130,12 @@ def _tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def expert_gemm(
     a, w, out, token_of_row, tile_expert, tile_end, tile_count, D: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, GATHER: tl.constexpr, JOINT: tl.constexpr, FLATTEN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, JOINT: tl.constexpr, FLATTEN: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One grouped product, persistent over tiles: out = silu(A·Wg)·(A·Wu) if GATED, else A·W; depth D, H columns.
 
-    A is a descriptor of sorted rows, or with GATHER a pointer to tokens, which are picked by row. w describes [E·H or E·2H, D]
+    A is a descriptor of sorted rows, or if GATED a pointer to tokens, which are picked by row. w describes [E·H or E·2H, D]
     (the gate's H rows of an expert come before the up-projection's), with JOINT [E·2, H, D], one product for both.
     """
     tiles_m = tl.load(tile_count)
@@ -143,18 +143,19 @@ def expert_gemm(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         m, n = _tile(tile, tiles_m, tiles_n, GROUP)
         expert = tl.load(tile_expert + m)
-        if GATHER:
+        if GATED:
             row = m * BM + tl.arange(0, BM)
-            inside = row < tl.load(
-                tile_end + m
-            )  # rows that only pad the tile are not read: all would hit one cache line
+            inside = row < tl.load(tile_end + m)  # rows that pad a tile are not read: all would hit one cache line
             token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
             source = a + token[:, None] * D + tl.arange(0, BK)[None, :]
         gate = tl.zeros([BM, 2 * BN if JOINT else BN], tl.float32)
         up = tl.zeros([BM, BN], tl.float32)
         for k in range(0, D, BK):
-            if GATHER:
-                rows = tl.load(source + k, mask=inside[:, None], other=0.0)
+            if GATED:
+                keep = inside[:, None]
+                if D % BK != 0:
+                    keep = keep & (k + tl.arange(0, BK) < D)[None, :]
+                rows = tl.load(source + k, mask=keep, other=0.0)
             else:
                 rows = a.load([m * BM, k])
             if JOINT:
@@ -173,24 +174,6 @@ def expert_gemm(
 
 
 @triton.jit
-def gather_rows(
-    x, out, token_of_row, tile_end, tile_count, D: tl.constexpr, BM: tl.constexpr, PART: tl.constexpr, BD: tl.constexpr
-):
-    """Rows of x in the order of the experts; PART rows of a tile per program."""
-    pid = tl.program_id(0)
-    tile = pid // (BM // PART)
-    if tile < tl.load(tile_count):
-        row = pid * PART + tl.arange(0, PART)
-        inside = row < tl.load(tile_end + tile)
-        token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
-        for first in tl.static_range(0, D, BD):
-            column = first + tl.arange(0, BD)
-            here = inside[:, None] & (column < D)[None, :]
-            value = tl.load(x + token[:, None] * D + column[None, :], mask=here, other=0.0)
-            tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], value, mask=here)
-
-
-@triton.jit
 def _score(x, base, w_const, which, constant, column, D: tl.constexpr):
     """(w1 - w2)·x of each token's constant expert over some columns."""
     here = constant[:, None] & (column < D)[None, :]
@@ -204,20 +187,15 @@ def _score(x, base, w_const, which, constant, column, D: tl.constexpr):
 @triton.jit
 def combine(
     rows, position, ids, gates, x, w_const, v_const, y, tokens, D: tl.constexpr, E: tl.constexpr, CONST: tl.constexpr,
-    COPY: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr,
+    COPY: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """y = Σ g·FFN row + Σ over copy and constant picks, in one pass over BT tokens; rows that a token does not need are not read.
 
     ids from E on: CONST constant experts, then COPY copies, then zeros. A constant expert gives a1·x + a2·v with
-    a1 = sigmoid((w1 - w2)·x) (Eq. 5). PART 1: only tokens without an FFN expert, which need no rows; 2: only the others; 0: all.
+    a1 = sigmoid((w1 - w2)·x) (Eq. 5).
     """
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = token < tokens
-    if PART > 0:
-        computed = token < 0
-        for k in tl.static_range(K):
-            computed = computed | (tl.load(ids + token * K + k, mask=inside, other=E) < E)
-        inside = inside & (computed == (PART == 2))
     base = token.to(tl.int64)[:, None] * D
     on_x = tl.zeros([BT], tl.float32)
     on_v = tl.zeros([BT, K_PAD], tl.float32)  # what each pick gives to its constant vector

@@ -143,7 +143,7 @@ def load_ntidigits(path: Path | str, *, train: bool, label_map: str = "paper") -
 def load_handwriting(path: Path | str, letters: Sequence[str] = LETTERS) -> tuple[Tensor, Tensor]:
     """Threshold-crossing counts (N, 201, 192), z-scored by block, and labels from ``singleLetters.mat`` of the handwriting BCI set.
 
-    Trials come in nine blocks of three; the block's mean is subtracted and the session's standard deviation divides.
+    Trials come in nine blocks of three; the block's mean is subtracted and the recording's standard deviation divides.
 
     Raises:
         UserError: the file cannot be read, or lacks a letter.

@@ -27,7 +27,7 @@ from papers.lsm.zeroshot import (
 )
 from shared.errors import UserError
 
-# --- losses (Sec. 3.3, 3.4) ---
+# --- losses ---
 
 
 def test_identical_embeddings_give_the_log_of_the_batch_size() -> None:
