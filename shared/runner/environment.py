@@ -13,18 +13,20 @@ from typing import Any
 
 from shared.runner.paths import ROOT
 
-# Where the code is an export without its history, whoever exported it says which commit it is.
+# Where the code is an export, whoever exported it says which commit it is; that goes before what Git knows of the copy.
 COMMIT_VARIABLE = "PAPERCHECK_COMMIT"
+CORES = "PAPERCHECK_CORES"  # set by a launcher that runs several at a time
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "scipy", "wandb")
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
     """A JSON-like description of the code and the machine."""
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    dirty = bool(_output("git", "-C", str(ROOT), "status", "--porcelain")) if commit else None
-    if not commit and (exported := os.environ.get(COMMIT_VARIABLE)):
-        commit, dirty = exported, False
+    exported = os.environ.get(COMMIT_VARIABLE)
+    commit = exported or _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    dirty: bool | None = None
+    if commit:
+        dirty = not exported and bool(_output("git", "-C", str(ROOT), "status", "--porcelain"))
     return {
         "commit": commit,
         "dirty": dirty,
@@ -35,9 +37,6 @@ def environment() -> dict[str, Any]:
         "num_cores": num_cores(),
         "gpu": ", ".join(gpu_names()) or None,
     }
-
-
-CORES = "PAPERCHECK_CORES"  # set by a launcher that runs several at a time
 
 
 def num_cores() -> int:
