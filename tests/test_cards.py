@@ -11,7 +11,7 @@ from shared.report.cards import ROOT, sections
 from shared.report.document import load_results
 from shared.runner.papers import paper_names
 
-RESULTS = sorted((ROOT / "results").glob("*/*.json"))
+RESULTS = sorted(path for name in paper_names() for path in (ROOT / "results" / name).glob("*.json"))
 
 
 def test_generated_tables_are_up_to_date() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from shared.claims import load_claims
 from shared.errors import UserError
 from shared.report.document import load_results
-from shared.report.format import machine
+from shared.report.format import commit, machine
 from shared.report.markdown import claims_markdown, headlines_markdown, update_section
 from shared.runner.document import rejudge
 
@@ -43,7 +43,8 @@ def _best(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
     for document in others:
         for other in document["claims"]:
             if other["id"] == row["id"] and other["verdict"] != NOT_TESTED:
-                return {**other, "evidence": f"{other['evidence']} (scale={document['scale']}, {machine(document)})"}
+                where = f"scale={document['scale']}, {machine(document)}, commit {commit(document)}"
+                return {**other, "evidence": f"{other['evidence']} ({where})"}
     return row
 
 

@@ -232,6 +232,12 @@ def machine(document: Mapping[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part) or "unknown machine"
 
 
+def commit(document: Mapping[str, Any]) -> str:
+    """The commit of the code, as Markdown, and whether the code had local changes."""
+    environment = document.get("environment") or {}
+    return f"`{str(environment.get('commit') or 'unknown')[:10]}`{' with local changes' if environment.get('dirty') else ''}"
+
+
 def _decimals(size: float, digits: int) -> int:
     """Decimals that show ``digits`` significant digits of ``size`` (one more where the first digit is 1), between 0 and 9."""
     if size == 0 or not math.isfinite(size):

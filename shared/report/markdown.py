@@ -107,9 +107,7 @@ def _footnotes(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     if any(fmt.is_recalled(row) for row in rows):
         yield from ("", "† the paper's figure is recalled, not read in the paper.")
     scope = f"Device `{document.get('device')}`, scale `{document.get('scale')}`, seed {document.get('seed')}"
-    environment = document.get("environment") or {}
-    commit = f"`{str(environment.get('commit') or 'unknown')[:10]}`{' with local changes' if environment.get('dirty') else ''}"
     yield from (
         "",
-        f"{scope}; run on {escape(fmt.machine(document))} at commit {commit} in {fmt.duration(document.get('seconds'))}.",
+        f"{scope}; run on {escape(fmt.machine(document))} at commit {fmt.commit(document)} in {fmt.duration(document.get('seconds'))}.",
     )
