@@ -41,7 +41,7 @@ SlurmctldHost=$HOST
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$FOLDER/munge.socket
+AuthInfo=socket=$FOLDER/munge.socket,cred_expire=5
 StateSaveLocation=$FOLDER/state
 SlurmdSpoolDir=$FOLDER/spool
 SlurmctldPidFile=$FOLDER/slurmctld.pid
@@ -52,7 +52,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=100000,requeue_delay=1
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=100000
 ReturnToService=2
 KillWait=5
 JobRequeue=1

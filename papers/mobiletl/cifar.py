@@ -13,8 +13,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,22 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """The same bits in every run, and the process as it was afterwards."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first use of the GPU
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@_same_bits()
 def run(
     root: Path, out: Path, *, pretrain_epochs: int, epochs: int, images: int, batch: int, seeds: Sequence[int], rates: Sequence[float],
     trains: str = "blocks", seconds: float = math.inf, progress: Callable[[int, int], None] | None = None,
@@ -278,11 +294,6 @@ def run(
     The first seed runs at every rate, the others at the rate that is best on its validation images. What ``out`` already holds from
     the same weights is not run again. ``trains="head"`` leaves all blocks frozen. After ``seconds`` no further way is started.
     """
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # before the first use of the GPU: same bits in every run
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
     start = time.time()
     data = load(root)
     base, source_accuracy = pretrain(data, epochs=pretrain_epochs, batch=256, lr=3e-3, seed=0)
