@@ -36,7 +36,8 @@ def run_ended(config: DictConfig, folder: Path, error: BaseException | None) -> 
 
 
 def died(config: DictConfig, folder: Path, error: BaseException) -> dict[str, Any]:
-    """A result document in which every claim of the run is an error: nobody is left who could say more."""
+    """A result document in which every claim that the run could have settled is an error: nobody is left who could say more."""
+    from shared.experiment import NotTested
     from shared.judge import Failure, Situation, judge
     from shared.runner.document import build_document
     from shared.runner.execute import Run
@@ -54,6 +55,7 @@ def died(config: DictConfig, folder: Path, error: BaseException) -> dict[str, An
     first_line = str(error).strip().partition("\n")[0] or type(error).__name__
     failure = Failure(f"the process of this run died ({first_line}); the same command goes on from its cache")
     for claim in claims:
-        run.outcomes[claim.id] = failure
-        run.judgements[claim.id] = judge(claim, failure, Situation(settings.scale, settings.device))
+        outcome = NotTested(claim.id, claim.not_testable) if claim.not_testable else failure
+        run.outcomes[claim.id] = outcome
+        run.judgements[claim.id] = judge(claim, outcome, Situation(settings.scale, settings.device))
     return build_document(run, container)
