@@ -166,6 +166,14 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean, mean - half, mean + half
 
 
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of :func:`mean_interval`, None for a single value: the error bar of a table."""
+    if len(values) < 2:
+        return None
+    mean, _, high = mean_interval(values)
+    return high - mean
+
+
 def seed_measurement(claim: str, values: Sequence[float], note: str = "") -> Measurement:
     """A :class:`Measurement` from one value per seed."""
     mean, low, high = mean_interval(values)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from papers.ear.experiments.setup import SECTIONS, by_seed, half_width, mean, plain, worlds_of
-from shared.experiment import Context, Picture, Plot, Result, Table, experiment, seed_measurement
+from papers.ear.experiments.setup import SECTIONS, by_seed, mean, plain, worlds_of
+from shared.experiment import Context, Picture, Plot, Result, Table, experiment, half_width, seed_measurement
 
 
 @experiment(

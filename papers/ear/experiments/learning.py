@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from papers.ear.experiments.setup import SECTIONS, by_seed, half_width, mean, plain, worlds_of
+from papers.ear.experiments.setup import SECTIONS, by_seed, mean, plain, worlds_of
 from shared.experiment import (
     Context,
     Measurement,
@@ -14,6 +14,7 @@ from shared.experiment import (
     Result,
     Table,
     experiment,
+    half_width,
     mean_interval,
     seed_measurement,
 )

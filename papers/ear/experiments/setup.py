@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shared.experiment import Context, mean_interval
+from shared.experiment import Context
 
 SECTIONS = ["world", "data", "detector"]
 
@@ -46,7 +46,3 @@ def by_seed(ctx: Context, name: str, function: Any, jobs: Sequence[Mapping[str, 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    return None if len(values) < 2 else mean_interval(values)[2] - mean(values)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from papers.lsm.experiments.setup import by_seed, data_of, digit_sizes, half_width, mean, plain
+from papers.lsm.experiments.setup import by_seed, data_of, digit_sizes, mean, plain
 from shared.errors import unknown
-from shared.experiment import Context, Picture, Plot, Result, Table, experiment, seed_measurement
+from shared.experiment import Context, Picture, Plot, Result, Table, experiment, half_width, seed_measurement
 
 TITLES = {"digits": "saccade digits", "words": "spoken digits", "order": "order task"}
 LIQUID_OF = {"digits": "digits", "words": "speech", "order": "speech"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from papers.lsm.experiments.setup import by_seed, data_of, digit_sizes, half_width, mean, plain
+from papers.lsm.experiments.setup import by_seed, data_of, digit_sizes, mean, plain
 from shared.errors import unknown
 from shared.experiment import (
     Context,
@@ -15,6 +15,7 @@ from shared.experiment import (
     Result,
     Table,
     experiment,
+    half_width,
     mean_interval,
     seed_measurement,
 )

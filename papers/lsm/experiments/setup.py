@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shared.experiment import Context, mean_interval
+from shared.experiment import Context
 
 
 def plain(section: Any) -> Any:
@@ -43,8 +43,3 @@ def by_seed(ctx: Context, name: str, function: Any, jobs: Sequence[Mapping[str, 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval, None for a single value."""
-    return None if len(values) < 2 else mean_interval(values)[2] - mean(values)
