@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from shared.claims import load_claims
-from shared.report.cards import ROOT, sections
+from shared.report.cards import ROOT, merged_document, sections
 from shared.report.document import load_results
 from shared.runner.papers import paper_names
 
@@ -30,6 +31,17 @@ def test_committed_results_name_their_commit_and_todays_claims(path: Path) -> No
         assert "with local changes" in card, "a run of code that was not committed says so below its table"
     claims = load_claims(ROOT / "papers" / document["paper"] / "claims.yaml").by_id()
     assert {row["id"] for row in document["claims"]} <= set(claims)
+
+
+def test_the_run_without_options_gives_the_table(tmp_path: Path) -> None:
+    """Not the one on the user's data nor the one of some claims, whatever their files are called."""
+    document = json.loads((ROOT / "results" / "ear" / "xeon-2core-reduced.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "ear"
+    folder.mkdir()
+    for name, changed in [("a", {"data": {"root": "images"}}), ("b", {"claims": ["nas_tau"]}), ("c", {})]:
+        copy = {**document, "config": {**document["config"], **changed}, "started": name}
+        (folder / f"{name}.json").write_text(json.dumps(copy), encoding="utf-8")
+    assert merged_document(folder)["started"] == "c"
 
 
 @pytest.mark.parametrize("name", paper_names())

@@ -99,6 +99,13 @@ class Run:
             if isinstance(entry, Mapping) and isinstance(entry.get("reads"), list)
         }
 
+    def conditions(self, experiment: str | None = None) -> str:
+        """The scale, and whether the claims of an experiment come from a folder of the user's: other data are another experiment."""
+        own = bool((self.config.get("data") or {}).get("root"))
+        if own and (experiment not in self.reads or "data" in self.reads[experiment]):
+            return f"{self.scale} on data.root"
+        return self.scale
+
     def configuration(self, experiment: str | None = None) -> str:
         """A hash of the configuration behind the claims of one experiment, of the whole run where it is not known which part counts."""
         keys = sorted(self.sections) if experiment not in self.reads else sorted(set(self.reads[experiment]))

@@ -41,7 +41,8 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), claims: Claim
             experiment = row.get("experiment")
             if experiment not in keys:
                 keys[experiment] = run.configuration(experiment)
-            group = (run.paper, row["id"], run.scale, run.device, run.commit, keys[experiment])
+            scale = run.conditions(experiment)
+            group = (run.paper, row["id"], scale, run.device, run.commit, keys[experiment])
             groups.setdefault(group, []).append((run, row))
     disagreements: dict[tuple[str, str, str, str], list[str]] = {}
     every = []
@@ -95,9 +96,8 @@ def _cell(runs: Sequence[Run], row: Mapping[str, Any], commit: str, configuratio
     last = runs[-1]
     machines = tuple(dict.fromkeys(run.machine for run in runs))
     seeds = tuple(sorted({run.seed for run in runs}))
-    return Cell(
-        last.paper, row, last.scale, last.device, commit, configuration, machines, seeds, tuple(runs), note=note
-    )
+    scale = last.conditions(row.get("experiment"))
+    return Cell(last.paper, row, scale, last.device, commit, configuration, machines, seeds, tuple(runs), note=note)
 
 
 def _pooled(seen: Sequence[tuple[Run, Mapping[str, Any]]], claims: Claims) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.compare.changes import changes
 from shared.compare.load import load_runs
 from shared.compare.merge import compare
 from shared.compare.model import Comparison
@@ -74,6 +75,26 @@ def test_runs_that_disagree_are_never_averaged_and_it_is_said(
     (found,) = comparison.disagreements
     assert word in found.reason
     assert found.claims == ("gain",)
+
+
+def test_data_of_ones_own_are_another_experiment_and_no_changed_verdict(tmp_path: Path) -> None:
+    """The counts do not read the data, so both runs say the same there."""
+    experiments = [{"name": "counts", "reads": ["model"]}, {"name": "training", "reads": ["model", "data"]}]
+    for minute, (root, gain) in enumerate([(None, "replicated"), ("mnist", "not replicated")]):
+        write_run(
+            tmp_path / str(minute),
+            [exact(), trained([1.0, 2.0, 3.0], verdict=gain)],
+            minute=minute,
+            config={"model": {"num_experts": 16}, "data": {"root": root}},
+            experiments=experiments,
+            environment=environment(commit=str(minute) * 40),
+        )
+    comparison = compared(tmp_path)
+    assert changes(comparison) == []
+    found = {(cell.claim, cell.scale, cell.verdict) for cell in comparison.shown if cell.claim == "gain"}
+    assert found == {("gain", "reduced", "replicated"), ("gain", "reduced on data.root", "not replicated")}
+    assert comparison.best["m3vit", "gain"].scale == "reduced"
+    assert [cell.scale for cell in comparison.shown if cell.claim == "memory"] == ["reduced"]
 
 
 def test_the_same_seed_twice_with_other_numbers_is_a_disagreement(tmp_path: Path) -> None:
