@@ -247,7 +247,10 @@ def _synchronise() -> None:
 
 
 def load(root: Path, validation: int = 2000) -> dict[str, Tensor]:
-    """CIFAR-10 split into source classes 0 to 4 and target classes 5 to 9, as bytes on the GPU; the last target images validate."""
+    """CIFAR-10 split into source classes 0 to 4 and target classes 5 to 9, as bytes on the GPU; random target images validate.
+
+    The files hold the images class by class, so an end of them would be one class.
+    """
     data: dict[str, Tensor] = {}
     for train in (True, False):
         images, labels = load_cifar10(root, train=train)
@@ -255,9 +258,10 @@ def load(root: Path, validation: int = 2000) -> dict[str, Tensor]:
         for part, keep in (("source", labels < 5), ("target", labels >= 5)):
             data[part + suffix] = images[keep].to(DEVICE)
             data[f"{part}{suffix}_labels"] = (labels[keep] % 5).to(DEVICE)
+    order = torch.randperm(len(data["target"]), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for suffix in ("", "_labels"):
-        data[f"target_validation{suffix}"] = data[f"target{suffix}"][-validation:]
-        data[f"target{suffix}"] = data[f"target{suffix}"][:-validation]
+        shuffled = data[f"target{suffix}"][order]
+        data[f"target_validation{suffix}"], data[f"target{suffix}"] = shuffled[:validation], shuffled[validation:]
     return data
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from shared.claims import load_claims
 from shared.errors import UserError
 from shared.report.document import load_results
-from shared.report.format import commit, machine
-from shared.report.markdown import claims_markdown, headlines_markdown, update_section
+from shared.report.format import commit, machine, ours
+from shared.report.markdown import claim_cells, claims_markdown, escape, headlines_markdown, table, update_section
 from shared.runner.document import rejudge
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +28,7 @@ def merged_document(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run at reduced scale.
     """
-    claims = load_claims(ROOT / "papers" / folder.name / "claims.yaml").by_id()
-    documents = [rejudge(load_results(path), claims) for path in sorted(folder.glob("*.json"))]
+    documents = list(_documents(folder).values())
     reduced = [document for document in documents if document["scale"] == "reduced"]
     base = min(reduced, key=_departures, default=None)
     if base is None:
@@ -38,10 +37,35 @@ def merged_document(folder: Path) -> dict[str, Any]:
     return {**base, "claims": [_best(row, others) for row in base["claims"]]}
 
 
+def on_other_data(folder: Path) -> Iterator[str]:
+    """Lines that hold the trained rows of whole runs on the user's data against those of the default run."""
+    default = {row["id"]: row for row in merged_document(folder)["claims"]}
+    for name, document in _documents(folder).items():
+        if not _root(document) or document["config"].get("claims", "all") != "all":
+            continue
+        rows = [row for row in document["claims"] if row["evidence"] == "trained" and row["verdict"] != NOT_TESTED]
+        where = f"`results/{folder.name}/{name}`, run on {escape(machine(document))} at commit {commit(document)}"
+        yield from ("", f"The trained rows once more with `data.root` ({where}):", "")
+        cells = (
+            [f"`{row['id']}`", escape(ours(default[row["id"]])), escape(ours(row)), claim_cells(row)[-1]]
+            for row in rows
+        )
+        yield from table(["Claim", "Default data", "These data", "Verdict there"], cells, numeric=(1, 2))
+
+
+def _documents(folder: Path) -> dict[str, dict[str, Any]]:
+    claims = load_claims(ROOT / "papers" / folder.name / "claims.yaml").by_id()
+    return {path.name: rejudge(load_results(path), claims) for path in sorted(folder.glob("*.json"))}
+
+
+def _root(document: dict[str, Any]) -> str | None:
+    root: str | None = (document["config"].get("data") or {}).get("root")
+    return root
+
+
 def _departures(document: dict[str, Any]) -> int:
     """Ways in which a run is not what the command without options gives."""
-    config = document["config"]
-    return bool((config.get("data") or {}).get("root")) + (config.get("claims", "all") != "all")
+    return bool(_root(document)) + (document["config"].get("claims", "all") != "all")
 
 
 def _best(row: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
@@ -62,7 +86,11 @@ def sections() -> Iterator[tuple[Path, str, str]]:
     for folder in sorted(papers):
         document = merged_document(folder)
         documents.append(document)
-        yield ROOT / "papers" / folder.name / "README.md", "table", claims_markdown(document)
+        yield (
+            ROOT / "papers" / folder.name / "README.md",
+            "table",
+            "\n".join([claims_markdown(document), *on_other_data(folder)]),
+        )
     yield ROOT / "README.md", "table", headlines_markdown(documents)
 
 

@@ -5,9 +5,9 @@ Ratios are measured in alternation inside one run and recorded in ``extra_info``
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 
 from papers.ear.adaptors import Architecture
@@ -40,12 +40,28 @@ def test_packed_similarity_of_one_image(benchmark: Any) -> None:
     assert timings.ratio("dense", "packed").low > 5  # the finding binary_speedup
 
 
-@pytest.mark.parametrize("projection", ["orthogonal", "hadamard"])
-def test_projection(benchmark: Any, projection: str) -> None:
-    encoder = HDEncoder((256, 512, 1024, 2048), HDSettings(dim=4096, grid=1, projection=projection))
-    taps = [torch.rand(8, c, 7, 7) for c in encoder.channels]
+def test_projection(benchmark: Any) -> None:
+    """Eight images into D = 4,096 from ResNet-50's taps: against the bare product of the same size, and by Hadamard transform."""
+    channels = (256, 512, 1024, 2048)
+    taps = [torch.rand(8, c, 7, 7) for c in channels]
+    forms = {p: HDEncoder(channels, HDSettings(dim=4096, grid=1, projection=p)) for p in ("orthogonal", "hadamard")}
+    pooled, matrix = torch.rand(8, sum(channels)), torch.rand(sum(channels), 4096)
+    functions = {name: partial(form, taps) for name, form in forms.items()} | {"product": lambda: pooled @ matrix}
     with torch.no_grad():
-        benchmark(encoder, taps)
+        timings = measure(functions, rounds=9)
+        benchmark(functions["orthogonal"])
+    for one, other in (("orthogonal", "product"), ("hadamard", "orthogonal")):
+        benchmark.extra_info[f"ratio: {one} / {other}"] = timings.ratio(one, other).median
+
+
+def test_projection_of_one_image_is_bound_by_memory(benchmark: Any) -> None:
+    """At batch 1 the dense matrix is read once: the share of the rate at which this core reads memory of that size."""
+    matrix, tap = torch.rand(DIM, 3840), torch.rand(3840)  # 154 MB, of all taps of ResNet-50
+    entries = matrix.view(-1)
+    functions = {"read": lambda: entries.dot(entries), "projection": lambda: matrix @ tap}
+    timings = measure(functions, rounds=9)
+    benchmark.extra_info["share: of the memory bound"] = timings.ratio("read", "projection").median
+    benchmark(functions["projection"])
 
 
 def test_scoring_against_training(benchmark: Any) -> None:

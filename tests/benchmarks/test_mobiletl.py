@@ -96,3 +96,6 @@ def test_accounting_of_a_network(benchmark: Any) -> None:
         return stored_bytes(layers, roles(model, layers, "mobiletl", 5))
 
     assert benchmark(count) == 27_960_256
+    images = torch.empty(8, 3, 224, 224, device="meta")
+    timings = measure({"counting": count, "forward": lambda: model(images)}, rounds=6, min_round_s=0.0, warmup=1)
+    benchmark.extra_info["ratio: counting / meta forward"] = timings.ratio("counting", "forward").median

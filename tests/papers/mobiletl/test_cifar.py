@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from papers.mobiletl import cifar
+from papers.mobiletl.cifar import load
 
 OPTIONS: dict[str, Any] = {
     "pretrain_epochs": 1,
@@ -29,6 +30,18 @@ def _data(root: Path) -> dict[str, Tensor]:
         data[name] = torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
         data[f"{name}_labels"] = torch.randint(0, 5, (n,), generator=generator)
     return data
+
+
+def test_validation_has_all_target_classes_although_the_files_go_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(10).repeat_interleave(100)
+    images = torch.arange(1000).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    monkeypatch.setattr(cifar, "load_cifar10", lambda root, train: (images, labels))
+    data = load(Path("."), validation=100)
+    assert torch.bincount(data["target_validation_labels"]).min() >= 8  # 20 expected
+    assert torch.bincount(data["target_labels"], minlength=5).min() >= 60
+    numbers = torch.cat([data["target"], data["target_validation"]])[:, 0, 0, 0]
+    assert sorted(numbers.tolist()) == list(range(500, 1000))
+    assert (data["target_labels"] == data["target"][:, 0, 0, 0] // 100 - 5).all()
 
 
 @pytest.fixture(autouse=True)
