@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from papers.mobiletl import cifar
 from papers.mobiletl.cifar import load
@@ -42,6 +42,22 @@ def test_validation_has_all_target_classes_although_the_files_go_by_class(monkey
     numbers = torch.cat([data["target"], data["target_validation"]])[:, 0, 0, 0]
     assert sorted(numbers.tolist()) == list(range(500, 1000))
     assert (data["target_labels"] == data["target"][:, 0, 0, 0] // 100 - 5).all()
+
+
+def test_settled_norms_hold_the_mean_over_all_batches_and_frozen_ones_stay() -> None:
+    trained, frozen = nn.BatchNorm2d(3).train(), nn.BatchNorm2d(3).eval()
+    model = nn.Sequential(trained, frozen)
+    images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    odd = torch.full((4, 3, 4, 4), 1e4)
+    for batch in (*images.split(4), odd):  # the last batch owns a tenth of the running mean
+        model(batch)
+    assert trained.running_mean is not None
+    assert trained.running_mean.min() > 900
+    cifar.settle_norms(model, model, images.split(4))
+    torch.testing.assert_close(trained.running_mean, images.mean((0, 2, 3)))
+    assert trained.momentum == 0.1
+    assert frozen.running_mean is not None
+    assert (frozen.running_mean == 0).all()
 
 
 @pytest.fixture(autouse=True)
