@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from papers.mobiletl.anatomy import forward_from, forward_to
 from papers.mobiletl.convert import THROUGH, adapt, parameter_groups
 from papers.mobiletl.models import create
+from papers.mobiletl.settle import settle_norms
 from shared.data.cifar10 import load_cifar10
 from shared.measure.timing import device_name
 
@@ -239,26 +240,6 @@ def _start(
     optimizer = _adam(parameter_groups(model, lr=lr), lr)
     loss = lambda index, flips: F.cross_entropy(predict(maps[flips, index]), labels[index])  # noqa: E731
     return _Training(model, optimizer, loss, batch), predict
-
-
-def settle_norms(model: nn.Module, predict: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> None:
-    """Batch norms that trained take the mean statistics of ``batches`` at the final weights.
-
-    Their running ones weigh the last few batches of 32, where a single odd image costs FT-1 25 points on some seeds. Norms that a
-    method keeps frozen are in eval mode and stay as they are.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean
-    with torch.no_grad():
-        for batch in batches:
-            predict(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def _synchronise() -> None:

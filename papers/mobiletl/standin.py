@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from papers.mobiletl.anatomy import forward_from, forward_to
 from papers.mobiletl.convert import THROUGH, adapt, parameter_groups
 from papers.mobiletl.models import create
+from papers.mobiletl.settle import settle_norms
 from shared.data.digits import load_digits
 from shared.data.mnist import load_mnist
 from shared.errors import unknown
@@ -122,6 +123,7 @@ def _train(
         return F.cross_entropy(predict(inputs[index]), labels[index])
 
     fit(model, optimizer, schedule, loss, steps=steps, seed=seed, workdir=workdir, progress=progress)
+    settle_norms(model.train(), predict, inputs.split(500))
 
 
 def pretrain(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from papers.mobiletl import cifar
 from papers.mobiletl.cifar import load
+from papers.mobiletl.settle import settle_norms
 
 OPTIONS: dict[str, Any] = {
     "pretrain_epochs": 1,
@@ -53,7 +54,7 @@ def test_settled_norms_hold_the_mean_over_all_batches_and_frozen_ones_stay() -> 
         model(batch)
     assert trained.running_mean is not None
     assert trained.running_mean.min() > 900
-    cifar.settle_norms(model, model, images.split(4))
+    settle_norms(model, model, images.split(4))
     torch.testing.assert_close(trained.running_mean, images.mean((0, 2, 3)))
     assert trained.momentum == 0.1
     assert frozen.running_mean is not None
