@@ -22,6 +22,7 @@ _HOME = {
     "SwitchRenderer": "render",
     "build_city": "city",
     "expert_map": "render",
+    "load_colmap": "colmap",
     "load_scene": "megadata",
     "render_image": "render",
     "render_path": "render",

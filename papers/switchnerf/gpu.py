@@ -8,147 +8,35 @@ are camera rays over the procedural city: uniformly random points have no locali
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from papers.switchnerf import city as scene
-from papers.switchnerf.hashgrid import GridSpec, HashEncoding, encode_reference, experts_of
-from papers.switchnerf.hmohe import CONFIG_A, PROPOSALS, HMoHE, HMoHEConfig, Proposal
-from papers.switchnerf.peers import nerfstudio_encode, scalings
-from papers.switchnerf.rays import Ellipsoid, Rays
-from papers.switchnerf.render import (
-    HMoHERenderer,
-    ProposalSampling,
-    Renderer,
-    Rendering,
-    SwitchRenderer,
-    SwitchSampling,
+from papers.switchnerf.gpu_bench import (
+    DISTRICTS,
+    TINY,
+    Bench,
+    Call,
+    Training,
+    rays_per_s,
+    seconds,
+    speedups,
+    tensor_float,
+    triple,
 )
-from papers.switchnerf.switch import SwitchConfig, SwitchNeRF, background
-from shared.measure import Ratio, Timings, measure
+from papers.switchnerf.hashgrid import HashEncoding, encode_reference, experts_of
+from papers.switchnerf.peers import nerfstudio_encode, scalings
+from papers.switchnerf.rays import Rays
+from papers.switchnerf.render import HMoHERenderer, Renderer, Rendering
 
 SECTIONS = ("check", "encode", "render", "train", "skew", "city")
-DISTRICTS, LOTS = 16, 12  # of the large city
 FULL_RAYS, MICRO_RAYS = 8192, 1024  # a step; what Switch-NeRF takes at once (its recipe's share of one GPU)
-TINY = replace(
-    CONFIG_A,
-    experts=tuple(replace(grid, levels=4, n_max=64, log2_size=9) for grid in CONFIG_A.experts[:4]),
-    gate=GridSpec(2, 4, 8, 8),
-)
-
-
-class Bench:
-    """One run: device, sizes, results so far."""
-
-    def __init__(
-        self, out: Path, smoke: bool, city_budget_s: float = 60.0, city_arms: tuple[str, ...] = ("hmohe",)
-    ) -> None:
-        self.out, self.smoke, self.device = out, smoke, "cpu" if smoke else "cuda"
-        self.city_budget_s, self.city_arms = city_budget_s, city_arms
-        self.results: dict[str, Any] = {"environment": environment(self.device)}
-        self.config = TINY if smoke else CONFIG_A
-        self.city = scene.build_city(0, 2 if smoke else DISTRICTS, 6 if smoke else LOTS)
-
-    def save(self) -> None:
-        """Write what there is."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.results, indent=1) + "\n")
-
-    def measure(self, functions: Mapping[str, Callable[[], object]], rounds: int = 10, warmup: int = 3) -> Timings:
-        """Alternating timings, devices synchronised by events."""
-        if self.smoke:
-            return measure(functions, rounds=6, min_round_s=0.0, warmup=1)
-        return measure(functions, device=self.device, rounds=rounds, min_round_s=0.02, warmup=warmup)
-
-    def rays(self, count: int, seed: int = 0, far: float | None = None) -> Rays:
-        """Camera rays in image order from random views of the city; ``far`` replaces the altitude planes."""
-        views = scene.cameras(self.city, 64, seed, 512)
-        per_view = -(-count // len(views))
-        parts = []
-        for number, view in enumerate(views):
-            start = (number * 7919) % (512 * 512 - per_view)
-            ray = view.rays(0.0, 1e5, number).map(lambda t, s=start: t[s : s + per_view])  # type: ignore[misc]
-            parts.append(ray if far is not None else scene.ALTITUDE.bound(ray))
-        joined = Rays(*(torch.cat([getattr(p, f) for p in parts])[:count] for f in Rays.__dataclass_fields__))
-        return joined.map(lambda t: t.to(self.device))
-
-    def autocast(self) -> torch.autocast:
-        """bf16 products on the GPU."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=not self.smoke)
-
-    def hmohe(
-        self, config: HMoHEConfig | None = None, backend: str = "auto", sampling: ProposalSampling | None = None
-    ) -> HMoHERenderer:
-        """Config A with its proposals around the city."""
-        torch.manual_seed(0)
-        middle, half = self.city.extent / 2, self.city.extent / 2
-        if sampling is None:
-            sampling = ProposalSampling((16, 8), 8, "linear") if self.smoke else ProposalSampling(spacing="linear")
-        grids = [replace(grid, log2_size=8) for grid in PROPOSALS] if self.smoke else list(PROPOSALS)
-        with torch.device(self.device):
-            nets = [Proposal(grid, backend=backend) for grid in grids]  # type: ignore[arg-type]
-            field = HMoHE(replace(config or self.config, images=512), backend)  # type: ignore[arg-type]
-        centre, size = torch.tensor([middle, middle, 0.07]), torch.tensor([half, half, 0.1])
-        return HMoHERenderer(field, nets, centre, size, sampling).to(self.device)
-
-    def switch(
-        self,
-        with_background: bool = False,
-        compiled: Literal["", "train", "eval"] = "",
-        sampling: SwitchSampling | None = None,
-    ) -> SwitchRenderer:
-        """Switch-NeRF as released, with or without its background; ``compiled``: what surrounds the routing through torch.compile."""
-        torch.manual_seed(0)
-        small = SwitchConfig(4, 16, 4, 1, chunk=4096, images=512)
-        config = small if self.smoke else SwitchConfig(images=512)
-        middle = self.city.extent / 2
-        region = Ellipsoid(torch.tensor([middle, middle, 0.2]), torch.tensor([1.6 * middle, 1.6 * middle, 0.8]))
-        if sampling is None:
-            sampling = SwitchSampling(16, 32) if self.smoke else SwitchSampling()
-        with torch.device(self.device):
-            network, behind = SwitchNeRF(config), background(config) if with_background else None
-        if compiled and not self.smoke:
-            for name in ("embedded", "_gate"):
-                setattr(network, name, torch.compile(getattr(network, name)))
-            if compiled == "train":
-                network.experts.compile()
-            else:  # segments have any length
-                network.experts.one = torch.compile(network.experts.one, dynamic=True)  # type: ignore[method-assign]
-            network.head.compile()
-            if behind is not None:
-                behind.compile()
-        return SwitchRenderer(network, behind, region, sampling).to(self.device)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Machine and versions behind the numbers."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = "none"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": version, "python": platform.python_version()}
-
-
-def triple(ratio: Ratio) -> list[float]:
-    """Median and 95 % interval."""
-    return [ratio.median, ratio.low, ratio.high]
-
-
-def seconds(timings: Timings) -> dict[str, list[float]]:
-    """Median and quartiles by name."""
-    return {name: [t.median_s, t.q1_s, t.q3_s] for name, t in timings.by_name.items()}
 
 
 def points_of(bench: Bench, count: int, experts: int, coherent: bool = True) -> tuple[Tensor, Tensor]:
@@ -196,7 +84,7 @@ def encode(bench: Bench) -> None:
     bench.results["encode"] = table
     specs = bench.config.experts
     count = 1024 if bench.smoke else 2**18
-    for coherent in (True, False):
+    for coherent in (True,) if bench.claims_only else (True, False):
         x, offsets = points_of(bench, count, len(specs), coherent)
         fast = HashEncoding(specs).to(bench.device)
         experts, bounds = experts_of(offsets, len(x)), offsets.tolist()
@@ -214,9 +102,10 @@ def encode(bench: Bench) -> None:
         forms: dict[str, Callable[[], Tensor]] = {
             "ours": lambda x=x, o=offsets, f=fast: f(x, o),  # type: ignore[misc]
             "reference": lambda x=x, e=experts, f=fast: encode_reference(x, f.table, f.layout, e),  # type: ignore[misc]
-            "nerfstudio": nerfstudio,
         }
-        if not bench.smoke:
+        if not bench.claims_only:
+            forms["nerfstudio"] = nerfstudio
+        if not bench.smoke and not bench.claims_only:
             forms["compiled"] = lambda x=x, e=experts, f=fast, c=compiled: c(x, f.table, f.layout, e)  # type: ignore[misc]
         grad = torch.randn(len(x), fast.width, device=bench.device)
 
@@ -246,45 +135,65 @@ def encode(bench: Bench) -> None:
 
 
 def render(bench: Bench) -> None:
-    """Rays per second of rendering, no gradients: Switch-NeRF with and without background, HMoHE with plain and compiled encode."""
-    switch_rays, hash_rays = (16, 32) if bench.smoke else (2**12, 2**15)
-    few, many, endless = bench.rays(switch_rays), bench.rays(hash_rays), bench.rays(switch_rays, far=1e5)
-    half = bench.hmohe().eval()
-    if not bench.smoke:  # compiled loops on a CPU know no half precision
-        half.network.encoding.table.data = half.network.encoding.table.data.half()
-    renderers: dict[str, tuple[Renderer, Rays]] = {
-        "switch": (bench.switch().eval(), few),
-        "switch with background": (bench.switch(True).eval(), endless),
-        "switch compiled": (bench.switch(compiled="eval").eval(), few),
-        "switch compiled with background": (bench.switch(True, "eval").eval(), endless),
-        "hmohe": (bench.hmohe().eval(), many),
-        "hmohe half tables": (half, many),
-        "hmohe plain torch": (bench.hmohe(backend="reference").eval(), bench.rays(hash_rays // 8)),
-    }
+    """Rays per second of rendering, no gradients: Switch-NeRF eager, compiled and captured, HMoHE eager and captured.
 
-    def call(renderer: Renderer, rays: Rays) -> Callable[[], object]:
+    Beyond what the claims need: Switch-NeRF with its background, HMoHE with half tables and with the plain torch encode.
+    """
+    few, many = (16, 32) if bench.smoke else (2**12, 2**15)
+    rays: dict[str, int] = {}
+
+    def call(name: str, renderer: Renderer, some: Rays) -> Call:
+        renderer.eval()
+        rays[name] = len(some)
+
         def run() -> Rendering:
             with torch.no_grad(), bench.autocast():
-                return renderer(rays)
+                return renderer(some)
 
         return run
 
-    timings = bench.measure({name: call(*pair) for name, pair in renderers.items()}, rounds=20, warmup=5)
-    per_s = {name: len(renderers[name][1]) / t.median_s for name, t in timings.by_name.items()}
-    ratios = {}
-    for name in renderers:
-        for base in (key for key in renderers if key.startswith("switch")):
-            scale = len(renderers[name][1]) / len(renderers[base][1])
-            ratios[f"{name}/{base}"] = [scale * v for v in triple(timings.ratio(base, name))]
-    images = {name: {"1152x864_s": 1152 * 864 / v, "1080p_s": 1920 * 1080 / v} for name, v in per_s.items()}
-    bench.results["render"] = {"rays_per_s": per_s, "seconds": seconds(timings), "ratios": ratios, "image": images}
+    def half_tables() -> HMoHERenderer:
+        renderer = bench.hmohe()
+        if not bench.smoke:  # compiled loops on a CPU know no half precision
+            renderer.network.encoding.table.data = renderer.network.encoding.table.data.half()
+        return renderer
+
+    near, hash_rays = bench.rays(few), bench.rays(many)
+    compiled, ours = bench.switch(compiled=True), bench.hmohe()
+    forms: dict[str, Callable[[], Call]] = {
+        "switch": lambda: call("switch", bench.switch(), near),
+        "switch compiled": lambda: call("switch compiled", compiled, near),
+        "hmohe": lambda: call("hmohe", ours, hash_rays),
+    }
+    if not bench.claims_only:
+        endless, some = bench.rays(few, far=1e5), bench.rays(many // 8)
+        forms |= {
+            "switch with background": lambda: call("switch with background", bench.switch(True), endless),
+            "switch compiled with background": lambda: call(
+                "switch compiled with background", bench.switch(True, True), endless
+            ),
+            "hmohe half tables": lambda: call("hmohe half tables", half_tables(), hash_rays),
+            "hmohe plain torch": lambda: call("hmohe plain torch", bench.hmohe(backend="reference"), some),
+        }
+    forms |= {
+        "switch captured": lambda: bench.captured(call("switch captured", compiled, near)),
+        "hmohe captured": lambda: bench.captured(call("hmohe captured", ours, hash_rays)),
+    }
+    timings = bench.measure(bench.ready(forms, "render"), rounds=11, warmup=2)
+    speed = rays_per_s(timings, rays)
+    bench.results["render"] = {
+        "rays_per_s": speed, "seconds": seconds(timings), "speedups": speedups(timings, rays),
+        "image": {name: {"1152x864_s": 1152 * 864 / v, "1080p_s": 1920 * 1080 / v} for name, v in speed.items()},
+    }  # fmt: skip
 
 
 def training_step(
     bench: Bench, renderer: Renderer, rays: Rays, micro: int, update_proposals: bool = True
 ) -> Callable[[], None]:
     """Forward, backward in portions of ``micro`` rays, and Adam."""
-    optimizer = torch.optim.Adam(renderer.parameters(), lr=1e-3, eps=1e-15, fused=not bench.smoke)
+    renderer.train()
+    kind: dict[str, Any] = {} if bench.smoke else {"fused": True, "capturable": True}
+    optimizer = torch.optim.Adam(renderer.parameters(), lr=1e-3, eps=1e-15, **kind)
     target = torch.rand(len(rays), 3, device=bench.device)
 
     def run() -> None:
@@ -304,34 +213,39 @@ def training_step(
 
 
 def train(bench: Bench) -> None:
-    """Rays per second of a training step (8,192 rays with Adam), and its peak memory."""
+    """Rays per second of a training step (8,192 rays with Adam) in the forms of :func:`render`, and its peak memory."""
     total, micro = (32, 8) if bench.smoke else (FULL_RAYS, MICRO_RAYS)
-    rays, endless = bench.rays(total), bench.rays(total, far=1e5)
-    steps = {
-        "switch": training_step(bench, bench.switch().train(), rays, micro),
-        "switch with background": training_step(bench, bench.switch(True).train(), endless, micro),
-        "switch compiled": training_step(bench, bench.switch(compiled="train").train(), rays, micro),
-        "switch compiled with background": training_step(bench, bench.switch(True, "train").train(), endless, micro),
-        "hmohe": training_step(bench, bench.hmohe().train(), rays, total),
-        "hmohe proposals fixed": training_step(bench, bench.hmohe().train(), rays, total, update_proposals=False),
-        "hmohe plain torch": training_step(bench, bench.hmohe(backend="reference").train(), rays, total // 8),
+    rays = bench.rays(total)
+    compiled = training_step(bench, bench.switch(compiled=True), rays, micro)
+    ours = training_step(bench, bench.hmohe(), rays, total)
+    forms: dict[str, Callable[[], Call]] = {
+        "switch": lambda: training_step(bench, bench.switch(), rays, micro),
+        "switch compiled": lambda: compiled,
+        "hmohe": lambda: ours,
     }
-    timings = bench.measure(steps, rounds=8, warmup=2)
+    if not bench.claims_only:
+        endless = bench.rays(total, far=1e5)
+        forms |= {
+            "switch with background": lambda: training_step(bench, bench.switch(True), endless, micro),
+            "switch compiled with background": lambda: training_step(bench, bench.switch(True, True), endless, micro),
+            "hmohe proposals fixed": lambda: training_step(bench, bench.hmohe(), rays, total, update_proposals=False),
+            "hmohe plain torch": lambda: training_step(bench, bench.hmohe(backend="reference"), rays, total // 8),
+        }
+    eager = [*forms]
+    forms |= {"switch captured": lambda: bench.captured(compiled), "hmohe captured": lambda: bench.captured(ours)}
+    calls = bench.ready(forms, "train")
+    timings = bench.measure(calls, rounds=8, warmup=1)
+    count = dict.fromkeys(calls, total)
     result: dict[str, Any] = {
-        "rays_per_s": {name: total / t.median_s for name, t in timings.by_name.items()},
+        "rays_per_s": rays_per_s(timings, count),
         "seconds": seconds(timings),
-        "ratios": {
-            f"{name}/{base}": triple(timings.ratio(base, name))
-            for name in steps
-            for base in steps
-            if base.startswith("switch")
-        },
+        "speedups": speedups(timings, count),
         "hours_for_4.096e9_rays": {name: 4.096e9 / total * t.median_s / 3600 for name, t in timings.by_name.items()},
     }
-    if not bench.smoke:
+    if not bench.smoke and not bench.claims_only:
         from shared.measure import peak_allocated_bytes
 
-        result["peak_bytes_above_states"] = {name: peak_allocated_bytes(step) for name, step in steps.items()}
+        result["peak_bytes_above_states"] = {name: peak_allocated_bytes(calls[name]) for name in eager if name in calls}
     bench.results["train"] = result
 
 
@@ -348,7 +262,7 @@ def skew(bench: Bench) -> None:
         "strips": experts_of(offsets, len(x)),
     }
 
-    def forward(expert: Tensor | None) -> Callable[[], object]:
+    def forward(expert: Tensor | None) -> Call:
         def run() -> object:
             with torch.no_grad(), bench.autocast():
                 return field(x, d, expert=expert)
@@ -371,7 +285,7 @@ def city(bench: Bench) -> None:
     """Train on the large city within a time budget; pictures go into an .npz file beside the numbers."""
     from papers.switchnerf.gpu_city import train_city
 
-    for arm in bench.city_arms:
+    for arm in bench.training.arms:
         try:
             bench.results.setdefault("city", {})[arm] = train_city(bench, arm)
         except Exception:
@@ -385,18 +299,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--claims-only", action="store_true", help="only the forms that the claims compare")
     parser.add_argument("--city-budget-s", type=float, default=120.0)
     parser.add_argument("--city-arms", default="hmohe")
+    parser.add_argument("--city-districts", type=int, default=DISTRICTS, help="along a side of the city to train on")
     options = parser.parse_args()
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # TF32, as in the PyTorch 1.10 of Switch-NeRF's public code; for both networks
-    bench = Bench(options.out, options.smoke, options.city_budget_s, tuple(options.city_arms.split(",")))
+    training = Training(options.city_budget_s, tuple(options.city_arms.split(",")), options.city_districts)
+    bench = Bench(options.out, options.smoke, training, options.claims_only)
     sections = {"check": check, "encode": encode, "render": render, "train": train, "skew": skew, "city": city}
     for name in options.only.split(","):
         started = time.monotonic()
         try:
-            sections[name](bench)
+            with tensor_float():
+                sections[name](bench)
         except Exception:
             traceback.print_exc()
         if not bench.smoke:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from papers.switchnerf import city as scene
 from papers.switchnerf.counts import with_experts
+from papers.switchnerf.hashgrid import GridSpec
 from papers.switchnerf.losses import psnr, ssim
 from papers.switchnerf.render import HMoHERenderer, ProposalSampling, Renderer, SwitchSampling, expert_map, render_image
 from papers.switchnerf.train import exponential, optimiser, rendering_loss
@@ -20,12 +22,16 @@ from shared.errors import UserError
 from shared.training import fit
 
 if TYPE_CHECKING:
-    from papers.switchnerf.gpu import Bench
+    from papers.switchnerf.gpu_bench import Bench
 
 WARM_STEPS = 30  # that set the number of steps which fill the budget
 TEST_SEED = 1000
 HEIGHT, FLIGHT = (0.7, 1.0), 0.8  # of the cameras: every place is seen from some seventeen
+VIEWS_PER_AREA = 25  # of 256 x 256 pixels, per unit square
 SAMPLES = ((48, 24), 16)  # planes bound the depth, so fewer samples do than in open space
+UNIT = 0.05  # densities count in it: the layer of buildings is three deep
+# A lot is a 24th of a unit: proposals that tell lots apart, where nerfacto's grids see four voxels per unit of a city of 16 x 16 districts.
+PROPOSALS = (GridSpec(6, 64, 1024, 19), GridSpec(6, 64, 2048, 19))
 
 
 def arm_renderer(bench: Bench, arm: str) -> Renderer:
@@ -42,15 +48,19 @@ def arm_renderer(bench: Bench, arm: str) -> Renderer:
     if arm.startswith("experts") and arm[7:].isdigit():
         configs[arm] = with_experts(plain, int(arm[7:]))
     if arm in configs:
-        sampling = ProposalSampling((16, 8), 8, "linear") if bench.smoke else ProposalSampling(*SAMPLES, "linear")
-        return bench.hmohe(configs[arm], sampling=sampling)
+        rounds, samples = ((16, 8), 8) if bench.smoke else SAMPLES
+        sampling = ProposalSampling(rounds, samples, "linear", UNIT)
+        # Voxels are cubes: walls span as many as their height asks for, not hundreds.
+        return bench.hmohe(configs[arm], "auto", sampling, PROPOSALS, bench.city.extent / 2)
     raise UserError(f"unknown arm '{arm}': use hmohe, experts<N>, single, homogeneous or switch")
 
 
 def train_city(bench: Bench, arm: str) -> dict[str, Any]:
     """Train, test on unseen views, and draw: PSNR and SSIM per image, by class of detail, share of experts, speed, peak memory."""
+    bench = copy.copy(bench)
+    bench.city = bench.large_city(bench.training.districts)
     built = bench.city.to(bench.device)
-    views, pixels, tests = (4, 32, 2) if bench.smoke else (1600, 256, 12)
+    views, pixels, tests = (4, 32, 2) if bench.smoke else (round(VIEWS_PER_AREA * bench.city.extent**2), 256, 12)
     train_views = [_moved(view, bench.device) for view in scene.cameras(bench.city, views, 10, pixels, height=HEIGHT)]
     started = time.monotonic()
     data = scene.image_set(built, train_views)
@@ -77,11 +87,12 @@ def train_city(bench: Bench, arm: str) -> dict[str, Any]:
     for _ in range(2):  # the first compiles kernels
         found = fit(renderer, adam, LambdaLR(adam, lambda step: 1.0), loss, steps=warm, seed=0)
         times.append(found.seconds / warm)
-    steps = max(4, int(bench.city_budget_s / times[-1]))
+    steps = max(4, int(bench.training.budget_s / times[-1]))
     adam = optimiser(renderer)
     schedule = LambdaLR(adam, exponential(steps, 0.1 if switch else 0.01))
     result = fit(renderer, adam, schedule, loss, steps=steps, seed=0)
     report = {
+        "districts": bench.city.districts**2, "views": views,
         "steps": steps, "batch_rays": batch, "seconds": result.seconds, "rays_per_s": steps * batch / result.seconds,
         "cast_s": cast_s, "train_rays": len(data.rays), "losses": list(result.losses[:: max(1, steps // 200)]),
         "parameters": sum(p.numel() for p in renderer.parameters()),

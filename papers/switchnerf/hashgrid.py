@@ -203,7 +203,7 @@ class HashEncoding(nn.Module):
         if x.requires_grad:
             raise ValueError("compiled hash encodings have no gradient for positions: use backend='reference'")
         if offsets is None:
-            offsets = torch.tensor([0, x.shape[0]], device=x.device)
+            offsets = torch.arange(2, device=x.device) * x.shape[0]  # made on the device: nothing waits for a copy
         if backend == "numba":
             from papers.switchnerf.hashgrid_numba import encode
         else:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,31 @@ def capacity(points: int, experts: int, factor: float, k: int = 1) -> int:
     return k * int(factor * math.ceil(points / experts))
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of x by number. The gradient comes back by the inverse numbers: a read, where scattering would need atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numbers: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, numbers.clamp(max=x.shape[0] - 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        rows = grad.index_select(0, inverse.clamp(max=grad.shape[0] - 1))
+        return rows.masked_fill((inverse >= grad.shape[0])[:, None], 0.0), None, None
+
+
 @dataclass(frozen=True)
 class Dispatch:
-    """Which point each row of the experts' input comes from. Rows are sorted by expert.
+    """Which point each row of the experts' input comes from, and in which row each point is. Rows are sorted by expert.
 
-    ``source`` (rows,) holds point numbers, ``points`` where a slot is empty; ``offsets`` (E + 1,) bounds the segments.
+    ``source`` (rows,) holds point numbers, ``points`` where a slot is empty; ``row`` (points,) the inverse, the number of rows where a
+    point was dropped; ``offsets`` (E + 1,) bounds the segments.
     """
 
     source: Tensor
+    row: Tensor
     offsets: Tensor
     slots: int | None  # rows of every expert; None without a capacity
     points: int
@@ -37,15 +55,14 @@ class Dispatch:
     kept: Tensor  # (points,) bool
 
     def gather(self, x: Tensor) -> Tensor:
-        """Rows of ``x`` (points, …) in the experts' order."""
-        source = self.source if self.slots is None else self.source.clamp(max=self.points - 1)
-        return x.index_select(0, source)
+        """Rows of ``x`` (points, …) in the experts' order; an empty slot holds some point whose result nobody reads."""
+        result: Tensor = _Rows.apply(x, self.source, self.row)
+        return result
 
     def combine(self, y: Tensor) -> Tensor:
         """Results (rows, D) back in the points' order, times the gate's value; exact zeros for dropped points."""
-        out = torch.zeros(self.points + 1, y.shape[-1], dtype=y.dtype, device=y.device)
-        out = out.index_copy(0, self.source, y)[: self.points]
-        return out * self.value[:, None].to(y.dtype)
+        rows: Tensor = _Rows.apply(y, self.row, self.source)
+        return rows * (self.value * self.kept)[:, None].to(y.dtype)
 
 
 def dispatch(probabilities: Tensor, slots: int | None, prioritised: bool = True) -> Dispatch:
@@ -64,17 +81,18 @@ def dispatch(probabilities: Tensor, slots: int | None, prioritised: bool = True)
     counts = torch.zeros(experts, dtype=torch.int64, device=key.device).index_add(0, expert, torch.ones_like(expert))
     ends = counts.cumsum(0)
     if slots is None:
+        row = torch.zeros_like(order).index_copy(0, order, torch.arange(points, device=key.device))
         kept = torch.ones_like(expert, dtype=torch.bool)
-        return Dispatch(order, F.pad(ends, (1, 0)), None, points, expert, value, kept)
+        return Dispatch(order, row, F.pad(ends, (1, 0)), None, points, expert, value, kept)
     sorted_expert = expert.index_select(0, order)
     place = torch.arange(points, device=key.device) - (ends - counts).index_select(0, sorted_expert)
     fits = place < slots
     slot = torch.where(fits, sorted_expert * slots + place, experts * slots)
     source = torch.full((experts * slots + 1,), points, dtype=torch.int64, device=key.device)
     source = source.index_copy(0, slot, torch.where(fits, order, points))[:-1]
-    kept = torch.zeros_like(fits).index_copy(0, order, fits)
+    row = torch.zeros_like(order).index_copy(0, order, slot)
     offsets = torch.arange(experts + 1, device=key.device) * slots
-    return Dispatch(source, offsets, slots, points, expert, value, kept)
+    return Dispatch(source, row, offsets, slots, points, expert, value, row < experts * slots)
 
 
 def balance_loss(probabilities: Tensor, expert: Tensor) -> Tensor:
@@ -100,6 +118,11 @@ class ExpertLinear(nn.Module):
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias, x, self.weight)
 
+    def grouped(self, x: Tensor, ends: Tensor, expert: Tensor) -> Tensor:
+        """(rows, inputs) -> (rows, outputs), rows sorted by ``expert`` (rows,), segments of any length that end at ``ends`` (E,)."""
+        y: Tensor = F.grouped_mm(x, self.weight.to(x.dtype), offs=ends)
+        return y if self.bias is None else y + self.bias[:, 0].to(x.dtype).index_select(0, expert)
+
     def one(self, x: Tensor, expert: int) -> Tensor:
         """(n, inputs) -> (n, outputs) of a single expert."""
         return F.linear(x, self.weight[expert].t(), None if self.bias is None else self.bias[expert, 0])
@@ -119,13 +142,25 @@ class ExpertMLP(nn.Module):
         self.layers = nn.ModuleList(ExpertLinear(experts, a, b, bias) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor, routed: Dispatch) -> Tensor:
-        """(rows, D) sorted by expert -> (rows, outputs): one batched product per layer with a capacity, else expert by expert."""
+        """(rows, D) sorted by expert -> (rows, outputs).
+
+        With a capacity one batched product per layer. Without: on a GPU under bfloat16 autocast one grouped product per layer, which
+        reads the segments' bounds on the device, so that shapes are static here too; elsewhere expert by expert.
+        """
         if routed.slots is not None:
             batched = x.view(len(routed.offsets) - 1, routed.slots, -1)
             return self._run(batched, lambda layer, h: layer(h)).flatten(0, 1)
+        if x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+            return self.grouped(x.to(torch.bfloat16), routed.offsets)
         sizes = routed.offsets.diff().tolist()
         parts = [self.one(part, expert) for expert, part in enumerate(x.split(sizes)) if len(part)]
         return torch.cat(parts)
+
+    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """(rows, D) sorted by expert -> (rows, outputs), segments bounded by ``offsets`` (E + 1,) on the device."""
+        expert = torch.bucketize(torch.arange(x.shape[0], device=x.device), offsets[1:], right=True)
+        ends = offsets[1:].to(torch.int32)
+        return self._run(x, lambda layer, h: layer.grouped(h, ends, expert))
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         """(n, D) -> (n, outputs) of a single expert."""

@@ -1,8 +1,12 @@
-"""Pictures for the report: unseen views beside the truth, the expert map, and a flight as an animated PNG."""
+"""Pictures for the report: unseen views beside the truth, the expert map, and a flight as an animated PNG.
+
+``python -m papers.switchnerf.pictures city_hmohe.npz OUT.png`` draws what a training run on the large city kept.
+"""
 
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,3 +98,21 @@ def animation(frames: list[Tensor], zoom: int = 1) -> bytes:
     file = io.BytesIO()
     images[0].save(file, "PNG", save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0)
     return file.getvalue()
+
+
+def sheet(file: Path) -> bytes:
+    """Unseen views of the large city, rendered above and true below, and beside them the expert map as seen from above."""
+    kept = np.load(file)
+    columns = [np.concatenate([kept[f"image{i}"], kept[f"truth{i}"]]) for i in range(3)]
+    views = torch.from_numpy(np.concatenate(columns, 1)).float() / 255
+    if "experts" not in kept:
+        return png(views)
+    chosen = colours(torch.from_numpy(kept["experts"]))
+    height = views.shape[0]
+    row = (torch.arange(height) * chosen.shape[0]) // height
+    return png(torch.cat([views, chosen[row][:, row]], 1))
+
+
+if __name__ == "__main__":
+    source, target = (Path(argument) for argument in sys.argv[1:])
+    target.write_bytes(sheet(source))

@@ -162,6 +162,7 @@ class ProposalSampling:
     spacing: Spacing = (
         "disparity"  # linear up to depth 1, then in 1/depth; linear between near and far where planes bound the scene
     )
+    unit: float = 1.0  # length that densities count in: a scene a few units deep is neither void nor opaque at first
     padding: float = 0.01
     anneal_steps: int = 1000
     anneal_slope: float = 10.0
@@ -210,7 +211,7 @@ class HMoHERenderer(nn.Module):
             depth = self._depth(low, high, edges)
             with torch.set_grad_enabled(torch.is_grad_enabled() and update_proposals):
                 x = self.cube(rays.at((depth[:, 1:] + depth[:, :-1]) / 2)).flatten(0, 1)
-                weights, _ = compositing_weights(proposal(x).view(-1, count), depth.diff(dim=-1))
+                weights, _ = compositing_weights(proposal(x).view(-1, count), depth.diff(dim=-1) / sampling.unit)
             rounds.append((edges, weights))
             count = (*sampling.rounds[1:], sampling.samples)[index]
             with torch.no_grad():
@@ -223,7 +224,7 @@ class HMoHERenderer(nn.Module):
             rays.direction.repeat_interleave(count, 0),
             rays.image.repeat_interleave(count, 0),
         )
-        weights, through = compositing_weights(out.density.view(-1, count), depth.diff(dim=-1))
+        weights, through = compositing_weights(out.density.view(-1, count), depth.diff(dim=-1) / sampling.unit)
         # What is left behind the last sample takes its colour: there is no background net.
         weights = torch.cat([weights[:, :-1], weights[:, -1:] + through[:, None]], dim=-1)
         colour = (weights[..., None] * out.colour.view(-1, count, 3)).sum(1)

@@ -63,16 +63,23 @@ class Head(nn.Module):
         self.hidden = nn.Linear(width + encoded_width(3, direction_frequencies) + appearance, hidden)
         self.colour = nn.Linear(hidden, 3)
 
-    def forward(self, h: Tensor, direction: Tensor, image: Tensor | None, noise: float) -> tuple[Tensor, Tensor]:
-        """Density (S,) and colour (S, 3)."""
+    def embedded(self, image: Tensor | None) -> Tensor | None:
+        """Appearance (S, D) of image numbers (S,); None for a field without. Raises ValueError without the numbers it needs."""
+        if self.appearance is None:
+            return None
+        if image is None:
+            raise ValueError("a field with appearance embeddings needs the image of every point")
+        result: Tensor = self.appearance(image)
+        return result
+
+    def forward(self, h: Tensor, direction: Tensor, look: Tensor | None, noise: float) -> tuple[Tensor, Tensor]:
+        """Density (S,) and colour (S, 3) from features, directions and :meth:`embedded` appearances."""
         raw = self.density(h)[:, 0].float()
         if noise:
             raw = raw + noise * torch.randn_like(raw)
         parts = [self.feature(h), frequency_encoding(direction, self.direction_frequencies)]
-        if self.appearance is not None:
-            if image is None:
-                raise ValueError("a field with appearance embeddings needs the image of every point")
-            parts.append(self.appearance(image))
+        if look is not None:
+            parts.append(look)
         hidden = torch.relu(self.hidden(torch.cat([part.to(h.dtype) for part in parts], dim=-1)))
         return F.softplus(raw - 1.0), torch.sigmoid(self.colour(hidden).float())
 
@@ -101,14 +108,24 @@ class SwitchNeRF(nn.Module):
 
         ``expert`` (S,) replaces the gate's choice by a fixed partition of space (weight 1), as Mega-NeRF has it.
         """
-        parts = []
+        look, parts = self.head.embedded(image), []
         for start in range(0, x.shape[0], self.config.chunk):
             part = slice(start, start + self.config.chunk)
-            parts.append(self._route(x[part], None if expert is None else expert[part]))
-        h, balance, chosen, kept = zip(*parts, strict=True)
+            some, fixed = (None if t is None else t[part] for t in (look, expert))
+            parts.append(self.points(x[part], direction[part], some, fixed))
+        density, colour, balance, chosen, kept = zip(*parts, strict=True)
+        return FieldOutput(
+            torch.cat(density), torch.cat(colour), torch.stack(balance).mean(), torch.cat(chosen), torch.cat(kept)
+        )
+
+    def points(
+        self, x: Tensor, direction: Tensor, look: Tensor | None, fixed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Density, colour, balance loss, chosen expert and what was kept of one chunk: a graph of static shapes, to be compiled as one."""
+        h, balance, chosen, kept = self._route(x, fixed)
         noise = self.config.density_noise if self.training else 0.0
-        density, colour = self.head(torch.relu(torch.cat(h)), direction, image, noise)
-        return FieldOutput(density, colour, torch.stack(balance).mean(), torch.cat(chosen), torch.cat(kept))
+        density, colour = self.head(torch.relu(h), direction, look, noise)
+        return density, colour, balance, chosen, kept
 
     def probabilities(self, x: Tensor) -> Tensor:
         """The gate's softmax (S, E), in float32 whatever the autocast."""
@@ -161,7 +178,8 @@ class NeRFMLP(nn.Module):
         h = encoded
         for index, layer in enumerate(self.layers):
             h = torch.relu(layer(torch.cat([encoded.to(h.dtype), h], dim=-1) if index == self.skip else h))
-        density, colour = self.head(h, direction, image, self.density_noise if self.training else 0.0)
+        noise = self.density_noise if self.training else 0.0
+        density, colour = self.head(h, direction, self.head.embedded(image), noise)
         return FieldOutput(density, colour, density.new_zeros(()))
 
 

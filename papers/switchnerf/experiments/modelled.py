@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
-from shared.experiment import Context, Measurement, Plot, Result, Table, experiment
+from shared.experiment import Context, Measurement, Picture, Plot, Result, Table, experiment
 
 if TYPE_CHECKING:
     from papers.switchnerf.hardware import Assumed, RayCost
@@ -207,19 +207,22 @@ def _measured(h: Any) -> Iterator[Result]:
     title = "Hash encode on a GPU: 2^18 points, 8 experts, 16 levels (ours is the Triton kernel)"
     yield Table("gpu_encode", title, encode, Plot("bar", "form", "ms", "what", log_y=True))
     city = [
-        {"device": name, "field": arm, "steps": run["steps"], "seconds": run["seconds"], "rays_per_s": run["rays_per_s"],
-         "psnr_db": sum(run["psnr"]) / len(run["psnr"]), "ssim": sum(run["ssim"]) / len(run["ssim"]),
+        {"device": name, "field": arm, "districts": run["districts"], "steps": run["steps"], "seconds": run["seconds"],
+         "rays_per_s": run["rays_per_s"], "psnr_db": sum(run["psnr"]) / len(run["psnr"]), "ssim": sum(run["ssim"]) / len(run["ssim"]),
          "parameters": run["parameters"], "peak_gb": run["peak_bytes"] / 1e9}
         for name, result in found.items()
         for arm, run in result.get("city", {}).items()
     ]  # fmt: skip
     if city:
-        yield Table("gpu_city", "Training on the large city (256 districts, 36,864 lots) for a fixed time", city)
+        yield Table("gpu_city", "Training on a large city (144 lots a district) for a fixed time", city)
+    for path in sorted(asset(__file__, "../measured").glob("city_*.png")):
+        title = "Config A after that training: unseen views, rendered above and true below; right: the expert of every place from above"
+        yield Picture(path.stem, title, path.read_bytes())
 
 
 def _validation(h: Any, name: str, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Modelled over measured rays per second, by phase and network."""
-    from papers.switchnerf.experiments.measured import fastest_baseline
+    from papers.switchnerf.experiments.measured import fastest
     from shared.hardware import load_device
 
     device = load_device(name)
@@ -228,7 +231,7 @@ def _validation(h: Any, name: str, result: dict[str, Any]) -> Iterator[dict[str,
         bare, full = (1 / between(device, h.dtype, h, training, share=share)[0] for share in (0.0, 1.0))
         modelled = {
             ("switch", ""): bare,
-            (fastest_baseline(result[phase]), ""): bare,
+            (fastest(result[phase], "switch"), ""): bare,
             ("switch with background", ""): full,
         }
         for order in ("point", "level"):
