@@ -33,7 +33,8 @@ def merged_document(folder: Path) -> dict[str, Any]:
     base = min(reduced, key=_departures, default=None)
     if base is None:
         raise UserError(f"{folder} holds no results at scale=reduced; run the paper and copy its results.json there")
-    others = [document for document in documents if document is not base]
+    newest = sorted(documents, key=lambda document: str(document.get("started")), reverse=True)
+    others = sorted((d for d in newest if d is not base), key=lambda d: bool(d["environment"].get("dirty")))
     return {**base, "claims": [_best(row, others) for row in base["claims"]]}
 
 

@@ -82,11 +82,11 @@ def test_counted_claims_and_their_controls(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", ["reference_measurements", "reference_transfer"])
-def test_committed_references_become_tables(name: str) -> None:
+@pytest.mark.parametrize(("name", "gpu"), [("reference_measurements", "H100"), ("reference_transfer", "H200")])
+def test_committed_references_become_tables(name: str, gpu: str) -> None:
     tables = [result for result in _entry(name).function(None, None) if isinstance(result, Table)]  # type: ignore[arg-type]
     assert tables
-    assert all(table.rows and "H100" in table.note for table in tables)
+    assert all(table.rows and gpu in table.note for table in tables)
 
 
 def test_committed_gpu_measurement_meets_its_bounds() -> None:
