@@ -101,18 +101,29 @@ def log_ticks(axis: Axis, places: Sequence[float] = ()) -> None:
     low, high = sorted(axis.get_view_interval())
     wide = not 0 < low < high or high / low > 1000
     if 0 < len(places) <= _FEW_PLACES:
-        axis.set_major_locator(FixedLocator(places))
+        axis.set_major_locator(FixedLocator(_apart(places, low, high)))
     else:
-        axis.set_major_locator(LogLocator(numticks=8) if wide else LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        steps = (1.0,) if wide or high / low > 50 else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(subs=steps, numticks=8 if wide else 12))
     if not wide or places:
         axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
+def _apart(places: Sequence[float], low: float, high: float) -> list[float]:
+    """Those of ``places`` whose labels do not run into that of the one before."""
+    kept: list[float] = []
+    for place in sorted(places):
+        if place > 0 and (not kept or math.log(place / kept[-1]) > 0.09 * math.log(high / low)):
+            kept.append(place)
+    return kept
+
+
 def _tick(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"1e{round(math.log10(abs(value)))}" if value > 0 else fmt.number(value)
+        mantissa, exponent = f"{value:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return fmt.number(float(f"{value:.6g}"))
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH_IN, _HEIGHT_IN = 5.8, 3.3
+_LEGEND_KEY_IN, _LETTER_IN = 0.5, 0.072  # of the legend, whose columns are as wide as its longest name
 _MARKERS_UP_TO = 40  # points of a line that get a marker
 _LABEL_CHARACTERS = 48  # in all labels of a bar chart side by side; more, and the bars lie down
 
@@ -131,7 +132,9 @@ def _finish(
     place_axis.set_label_text(str(plot.get("xlabel") or (plot["x"] if places else "")))
     if legend:
         handles, names = axes.get_legend_handles_labels()
-        axes.figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), handlelength=1.2)
+        columns = int(_WIDTH_IN / (_LEGEND_KEY_IN + _LETTER_IN * max((len(name) for name in names), default=0)))
+        columns = max(1, min(len(names), columns, 4))
+        axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.2)
 
 
 def _log_floor(axes: Axes, swapped: bool, values: Sequence[float]) -> None:

@@ -128,6 +128,27 @@ def test_lines_have_log_axes_bands_and_ticks_at_their_few_places() -> None:
     assert (band.min(), band.max()) == (0.5, 128.0)
 
 
+def test_labels_of_a_log_axis_are_apart_and_say_their_number() -> None:
+    rows = [{"x": x, "y": y} for x, y in ((50, 1e8), (375, 2e8), (500, 3e8), (5000, 5e8))]
+    figure = drawn(rows, kind="line", log_x=True, log_y=True)
+    with svg.style():
+        figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert axes.get_xticks().tolist() == [50, 375, 5000]  # 500 would run into 375
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert {"1e8", "2e8", "5e8"} <= set(labels)
+    assert len(labels) == len(set(labels))
+
+
+def test_a_legend_of_long_names_keeps_inside_its_figure() -> None:
+    names = [f"jetson_orin_nano_super_{n}" for n in range(7)]
+    figure = drawn([{"x": n, "y": 1.0, "s": name} for n, name in enumerate(names)], kind="line", series="s")
+    with svg.style():
+        figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_a_missing_number_is_a_gap_and_not_a_zero() -> None:
     rows = [{"x": 1, "y": 1.0}, {"x": 2, "y": None}, {"x": 3, "y": 3.0}]
     ys = drawn(rows, kind="line").axes[0].lines[0].get_ydata()
