@@ -115,8 +115,8 @@ def run_composed(config: DictConfig, folder: Path) -> int:
         run, document = execute(container, display)
         path = write_results(run, document, folder, display)
     for experiment in run.experiments:
-        if experiment.traceback:
-            print(experiment.traceback, file=sys.stderr)
+        if experiment.problem:
+            print(experiment.problem, file=sys.stderr)
     display.finish(document)
     if not label:
         print(path)  # a sweep ends with the folder of all its runs

@@ -32,7 +32,7 @@ class ExperimentRun:
     exhibits: list[Table | Picture | Artifact] = field(default_factory=list)
     total_seconds: float = 0.0
     from_cache: bool = False
-    traceback: str = ""
+    problem: str = ""  # why it ended early: a sentence for the user, or the traceback of our own error
 
 
 def run_experiment(
@@ -82,13 +82,14 @@ def run_experiment(
             if claim not in run.outcomes:
                 raise RuntimeError(f"the experiment ended without a number for '{claim}'")
     except Exception as error:
-        run.traceback = traceback.format_exc()
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        theirs = isinstance(error, UserError)
+        run.problem = f"experiment '{entry.name}': {error}" if theirs else traceback.format_exc()
+        reason = str(error) if theirs else f"{type(error).__name__}: {error}"
         for claim in entry.claims:
             if claim not in run.outcomes:
                 _settle(run, claim, Failure(reason), time.perf_counter() - started, on_outcome)
     run.total_seconds = time.perf_counter() - started
-    if not run.traceback:
+    if not run.problem:
         context.cache.put(key, {"results": kept_results, "total_seconds": run.total_seconds})
     return run
 

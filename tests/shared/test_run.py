@@ -84,6 +84,16 @@ def test_one_broken_experiment_does_not_stop_the_others(project: Project) -> Non
     assert "ValueError: made to break" in done.stderr
 
 
+def test_what_the_user_can_mend_is_one_sentence_without_a_traceback(project: Project) -> None:
+    done = project.run(*QUIET, "fault.raises='for the user'")
+    assert done.returncode == 1
+    assert claim(project.results(done), "broken")["reason"] == "no images in 'here': give data.root=FOLDER"
+    assert "experiment 'fragile': no images in 'here': give data.root=FOLDER" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = project.results(project.run(*QUIET, "fault.raises='for the user'"))
+    assert {entry["name"]: entry["from_cache"] for entry in again["experiments"]}["fragile"] is False
+
+
 def test_claims_are_chosen_by_id_and_only_their_experiments_run(project: Project) -> None:
     document = project.results(project.run(*QUIET, "claims=[speedup]"))
     assert [row["id"] for row in document["claims"]] == ["speedup"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
 from shared.experiment import Artifact, Context, Measurement, Plot, Result, Table, experiment, seed_measurement
 
 
@@ -19,6 +20,8 @@ def speed(cfg: Any, ctx: Context) -> Iterator[Result]:
 
 @experiment(claims=["broken"], config=["fault"])
 def fragile(cfg: Any, ctx: Context) -> Iterator[Result]:
+    if cfg.fault.raises == "for the user":
+        raise UserError("no images in 'here': give data.root=FOLDER")
     if cfg.fault.raises:
         raise ValueError("made to break")
     yield Measurement("broken", 1.0)
