@@ -78,6 +78,7 @@ def write_all(folder: Path, devices: Path, progress: Any) -> Path:
     """Fit and validate every machine in ``folder``; write device files and the table."""
     from shared.calibrate.results import calibrated
     from shared.calibrate.table import write_table
+    from shared.hardware import list_devices, load_device
 
     files = sorted(folder.glob("*.json"))
     if not files:
@@ -86,7 +87,9 @@ def write_all(folder: Path, devices: Path, progress: Any) -> Path:
     for number, path in enumerate(files):
         results.append(calibrated(path, devices))
         progress("fit and validation", number + 1, len(files))
-    return write_table(results, folder / "README.md")
+    ours = {result.data["id"] for result in results}
+    others = [load_device(name) for name in list_devices() if name not in ours]
+    return write_table(results, folder / "README.md", others)
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from shared.calibrate.fit import FEWEST, Fit, Samples
@@ -18,7 +19,7 @@ from shared.calibrate.points import DTYPES
 from shared.errors import UserError
 from shared.hardware import list_devices, load_device
 from shared.hardware.device import DEVICE_FOLDER
-from shared.hardware.efficiency import MATRIX
+from shared.hardware.efficiency import LIKE, MATRIX, measured_class
 from shared.hardware.schema import OPERATOR_CLASSES
 
 NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
@@ -26,7 +27,21 @@ START_BYTES = {
     "l3": 3e7
 }  # a last cache that other processors share; also about where a C library asks for new pages at each call
 # Classes that may compute longer than they move; on a CPU simple elementwise work in half precision is among them.
-COMPUTING = ("attention", "special", "layer_norm", "softmax", "reduction", "pool", "integer")
+COMPUTING = (
+    "attention",
+    "special",
+    "layer_norm",
+    "batch_norm",
+    "softmax",
+    "reduction",
+    "pool",
+    "integer",
+    "division",
+    "sort",
+    "topk",
+)
+FEWEST_APART = 8  # points of a class, in each precision, that has a law apart from that of the class it is most like
+TILED_ONLY = ("conv1x1_odd", "stem")  # kernels that only a GPU's library chooses apart
 SHORT = 16  # elements of a row: without rows so short the points do not tell what short ones cost
 MEMORY_SLACK = 0.06  # what a driver keeps for itself
 
@@ -55,9 +70,10 @@ def draft(measured: Measured, samples: Samples, base: str | None) -> dict[str, A
     source = "starting value of the fit"
     tiled = measured.machine["device"] != "cpu"
     operators: dict[str, dict[str, Any]] = {}
+    classes = _merged(samples, [name for name in OPERATOR_CLASSES if tiled or name not in TILED_ONLY])
     for name in OPERATOR_CLASSES:
         for precision in sorted(set(samples.precisions.tolist())):
-            chosen = (samples.classes == name) & (samples.precisions == precision)
+            chosen = (classes == name) & (samples.precisions == precision)
             if chosen.sum() >= FEWEST:
                 has_vector = bool((samples.arrays.vector_ops[chosen] > 0).any())
                 lengths = samples.arrays.shapes()[chosen, 3]
@@ -82,6 +98,17 @@ def draft(measured: Measured, samples: Samples, base: str | None) -> dict[str, A
     return data
 
 
+def _merged(samples: Samples, allowed: Sequence[str]) -> npt.NDArray[np.str_]:
+    """Classes of the points. One without points enough goes with the class that it is most like, and so does one that leaves that none."""
+
+    def fewest(name: str) -> int:
+        rows = samples.precisions[samples.classes == name]
+        return min((int((rows == precision).sum()) for precision in set(rows.tolist())), default=0)
+
+    apart = [n for n in allowed if n not in LIKE or (fewest(n) >= FEWEST_APART and fewest(LIKE[n]) >= FEWEST)]
+    return np.array([measured_class(apart, name) for name in samples.classes])
+
+
 def _law(name: str, tiled: bool, has_vector: bool, has_short: bool, source: str) -> dict[str, Any]:
     """Starting values; which figures a class has follows from what its kernels do, and from what the points can tell."""
     law: dict[str, Any] = {"bandwidth": figure(1.0, "ratio", source), "overhead": figure(3e-6, "s", source)}
@@ -90,7 +117,7 @@ def _law(name: str, tiled: bool, has_vector: bool, has_short: bool, source: str)
         law["serial"] = figure(0.3, "ratio", source)
         halves = {"attention": "k", "depthwise": ""}.get(name, "k" if tiled else "mnk")
     else:
-        by_rows = name in ("layer_norm", "softmax", "gather_rows") or (name == "reduction" and has_short)
+        by_rows = name in ("layer_norm", "softmax", "gather_rows", "batch_norm") or (name == "reduction" and has_short)
         halves = "k" if by_rows else ""
     if has_vector and (name in COMPUTING or (not tiled and name in ("pointwise", "broadcast", "batch_norm"))):
         law["vector"] = figure(0.3, "ratio", source)

@@ -8,7 +8,7 @@ that what is fitted is what is used. First the stream (bandwidth of DRAM and cac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from scipy.optimize import least_squares
 from shared.calibrate.points import Point, build
 from shared.hardware import Achieved, Device, DeviceBatch, WorkloadArrays, cost_batch, load_device
 from shared.hardware.arrays import Array
-from shared.hardware.efficiency import MATRIX, law_path, operator_classes
+from shared.hardware.efficiency import MATRIX, law_path, measured_class, operator_classes
 from shared.workload import trace
 from shared.workload.table import Op, Workload
 
@@ -30,6 +30,7 @@ STARTS = (
     (0.5, 0.2),
     (0.5, 2.5),
 )  # factors on the starting lengths of half rate and bandwidths of a matrix class
+ROW_STARTS = ((0.5, 1.0), (3.0, 1.0), (30.0, 1.0), (100.0, 1.0))  # a row may cost as much as thousands of its elements
 LARGEST_UNCERTAINTY = 0.9
 FLAT = 1e-3
 
@@ -98,6 +99,8 @@ def fit_device(data: Mapping[str, Any], samples: Samples) -> Fit:
         samples: what was measured.
     """
     device, found = load_device(data), Fit()
+    known = device.calibration.operators
+    samples = replace(samples, classes=np.array([measured_class(known, name) for name in samples.classes]))
     laws = [(name, precision) for name, by in device.calibration.operators.items() for precision in by]
     stream = samples.select(samples.classes == "pointwise")
     caches = [f"memory.{cache}.{what}" for cache in device.calibration.caches for what in ("bandwidth", "usable")]
@@ -141,7 +144,7 @@ def _fit(device: Device, samples: Samples, paths: Sequence[str], found: Fit, nam
     lengths = np.array([path.endswith("_half") for path in paths])
     bandwidths = np.array([path.startswith("calibration.operators") and path.endswith("bandwidth") for path in paths])
     lengths |= np.array([path.endswith(".usable") for path in paths])
-    starts = STARTS if name in MATRIX else STARTS[:2] if lengths.any() else STARTS[:1]
+    starts = STARTS if name in MATRIX else ROW_STARTS if lengths.any() else STARTS[:1]
     solutions = []
     for length, bandwidth in starts:
         begin = start + lengths * np.log(length) + bandwidths * np.log(bandwidth)

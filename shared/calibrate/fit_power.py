@@ -1,8 +1,8 @@
 """The board's power from energy windows of micro-benchmarks, and its error on held-out models.
 
 Energy of a call = floor x time + per_op x operations (matrix work by precision, vector work at the vector rate's key) + per_byte x bytes
-(of DRAM and of the cache, by the calibrated share of hits), all figures not negative; least squares of relative residuals. Operands are
-normally distributed: zeros draw less power.
+(of DRAM and of the cache, by the calibrated share of hits), none below what circuits need; least squares of relative residuals. Operands
+are normally distributed: zeros draw less power.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from shared.calibrate.devicefile import figure
 from shared.calibrate.models import HeldOut
 from shared.calibrate.points import Point, build
 from shared.calibrate.validate import latency_s, work_of
 from shared.hardware import Device, DeviceBatch, WorkloadArrays, cost
+from shared.hardware.checks import MIN_J_PER_OP
 from shared.workload import Workload, trace
 
-LEAST = 1e-15  # J: what the fit finds to be nothing, a file states as next to nothing
+LEAST_J_PER_BYTE = (
+    2e-12  # a quarter of a picojoule a bit: the smallest memories of a chip (checks.py has that of operations)
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ def fit_power(rows: Sequence[Mapping[str, Any]], device: Device, source: str) ->
     energy = np.array([row["energy_j"] / row["calls"] for row in windows])
     matrix = np.array([[term.get(name, 0.0) for name in names] for term in terms]) / energy[:, None]
     scale = np.linalg.norm(matrix, axis=0)
-    solution, _ = nnls(matrix / scale, np.ones(len(windows)))
-    found = {name: max(value, LEAST) for name, value in zip(names, map(float, solution / scale), strict=True)}
-    errors = np.abs(matrix @ (solution / scale) - 1.0)
+    least = np.array([LEAST_J_PER_BYTE if name in device.memory else MIN_J_PER_OP.get(name, 0.0) for name in names])
+    solution = lsq_linear(matrix / scale, np.ones(len(windows)), (least * scale, np.inf), method="bvls").x / scale
+    found = dict(zip(names, map(float, solution), strict=True))
+    errors = np.abs(matrix @ solution - 1.0)
     return {
         "method": "energy = floor x time + per_op x operations + per_byte x bytes, over windows of seconds of single operators",
         "fit_error_rel": figure(max(float(errors.mean()), 1e-4), "ratio", source, 0.5),

@@ -26,6 +26,7 @@ EAGER_SIZES: dict[str, tuple[int, ...]] = {  # small calls, for the time of a la
     "linear": (16, 64, 64), "bmm": (4, 16, 16, 16), "conv": (1, 16, 16, 8, 3, 1, 1), "attention": (1, 2, 64, 64),
     "relu": (2, 16, 64), "add": (2, 16, 64), "batch_norm": (1, 16, 8, 8), "gelu": (2, 16, 64), "layer_norm": (2, 16, 64),
     "softmax": (2, 16, 64), "mean": (1, 16, 8, 8), "gather": (1000, 16, 64), "cat": (2, 16, 64), "transpose": (2, 16, 2, 32),
+    "scatter": (64, 16, 64), "add_rows": (64, 16, 64), "sort": (64,), "topk": (64, 16), "sum": (64, 4, 4),
 }  # fmt: skip
 ENERGY_POINTS = (  # what the power model is fitted to: products, streams and vector work, none of a held-out model
     Point("linear", (8192, 8192, 8192), "bf16"),
@@ -114,8 +115,8 @@ def _seconds(module: Callable[..., Any], inputs: tuple[torch.Tensor, ...], devic
 
 
 def _held_out(model: HeldOut, device: str, dtypes: Sequence[str], found: Measured) -> Iterator[dict[str, Any]]:
-    for dtype in dtypes:
-        gpu_batches = model.gpu_batches[:-1] if dtype == "fp32" else model.gpu_batches
+    for dtype in [name for name in dtypes if name in model.dtypes]:
+        gpu_batches = model.gpu_batches[:-1] if dtype == "fp32" and "bf16" in model.dtypes else model.gpu_batches
         for batch in model.cpu_batches if device == "cpu" else gpu_batches:
             row = {"model": model.name, "batch": batch, "dtype": dtype}
             with _kept_going(found, str(row)):
@@ -165,10 +166,11 @@ def _kept_going(found: Measured, what: str) -> Iterator[None]:
 
 def machine(device: str) -> dict[str, Any]:
     """Name and place of the measurement: processor, versions, date, commit."""
+    code = environment()
     described: dict[str, Any] = {
         "device": device,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": str(environment()["commit"] or "")[:7],
+        "commit": str(code["commit"] or "")[:7] + " with local changes" * bool(code["dirty"]),
         "torch": torch.__version__,
         "cores": num_cores(),
         "cpu": cpu_name(),

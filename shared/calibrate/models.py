@@ -23,12 +23,14 @@ class HeldOut:
     """A model of the validation. ``build(batch, dtype, device)`` gives it in evaluation mode with its inputs, on ``meta`` too.
 
     ``cpu_batches`` are timed on a CPU, where large batches take long; ``gpu_batches`` on a GPU, the largest in half precision alone.
+    ``dtypes`` are those that the model runs in.
     """
 
     name: str
     build: Callable[[int, torch.dtype, str], Built]
     cpu_batches: tuple[int, ...] = (1, 8)
     gpu_batches: tuple[int, ...] = (16, 64, 256)
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
 
 
 def _timm(name: str, size: int = 224) -> Callable[[int, torch.dtype, str], Built]:

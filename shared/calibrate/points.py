@@ -72,6 +72,17 @@ _ELEMENTWISE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _scattered(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    target[index] = rows
+    return target
+
+
+def _added(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    return target.index_add_(0, index, rows)
+
+
+_ROWS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"scatter": _scattered, "add_rows": _added}
+_KEYS: dict[str, Callable[[Tensor], Any]] = {"sort": lambda keys: torch.sort(keys, stable=True)}
 _INTEGER: dict[str, Callable[[Tensor], Tensor]] = {
     "int_mul": lambda x: x * 2654435761,
     "int_xor": lambda x: x ^ 805459861,
@@ -88,6 +99,17 @@ def build(point: Point, device: str) -> Built:
             rows, width, count = s
             index = torch.empty(count, dtype=torch.int64) if device == "meta" else torch.randint(rows, (count,))
             return _Function(_rows), (torch.randn(rows, width, dtype=dtype), index)
+        if op in _ROWS:  # rows to random places of a table
+            rows, width, count = s
+            index = torch.empty(count, dtype=torch.int64) if device == "meta" else torch.randint(rows, (count,))
+            return _Function(_ROWS[op]), (
+                torch.randn(rows, width, dtype=dtype),
+                index,
+                torch.randn(count, width, dtype=dtype),
+            )
+        if op in _KEYS:  # few distinct numbers, as the experts of tokens are
+            keys = torch.empty(s, dtype=torch.int64) if device == "meta" else torch.randint(64, s)
+            return _Function(_KEYS[op]), (keys,)
         if op in _INTEGER:  # indices and hashes
             numbers = torch.empty(s, dtype=torch.int64) if device == "meta" else torch.randint(2**40, s)
             return _Function(_INTEGER[op]), (numbers,)
@@ -122,6 +144,12 @@ def _module(op: str, s: Sequence[int]) -> tuple[nn.Module, list[tuple[int, ...]]
         return nn.AdaptiveAvgPool2d(1), [tuple(s)]
     if op == "sum":
         return _Function(lambda x: x.sum(1)), [tuple(s)]
+    if op == "product":
+        return _Function(lambda x: x.prod(-1)), [tuple(s)]
+    if op == "topk":
+        return _Function(lambda x: x.topk(2, -1)), [tuple(s)]
+    if op == "compare":
+        return _Function(lambda x: x > 0), [tuple(s)]
     if op == "max_pool":
         return nn.MaxPool2d(3, 2, 1), [tuple(s)]
     if op == "transpose":
@@ -140,7 +168,7 @@ def micro_benchmarks(dtypes: Sequence[str], limits: Limits, *, density: float = 
     points: dict[Point, None] = {}
     for dtype in dtypes:
         for op, number, draw in _SAMPLERS:
-            if op in _INTEGER and dtype != dtypes[0]:
+            if op in (*_INTEGER, *_KEYS) and dtype != dtypes[0]:
                 continue  # whole numbers have one precision
             kept, wanted = 0, round(density * number)
             for _ in range(100 * wanted):
@@ -165,7 +193,7 @@ def _fits(point: Point, limits: Limits) -> bool:
         flops, elements = 2 * outputs * c_in // groups * kernel**2, batch * c_in * size**2 + outputs
     elif point.op == "attention":
         flops, elements = 4 * s[0] * s[1] * s[2] ** 2 * s[3], 4 * math.prod(s)
-    elif point.op == "gather":
+    elif point.op in ("gather", *_ROWS):
         flops, elements = 0, s[0] * s[1] + 2 * s[1] * s[2]
     else:
         flops, elements = 0, (6 if point.op in _INTEGER else 3) * math.prod(s)
@@ -191,6 +219,11 @@ def _draw_conv(rng: Rng) -> Iterator[int]:
     return iter(
         (_log(rng, 1, 256), _log(rng, 16, 1024, step), _log(rng, 16, 1024, step), _log(rng, 6, 120), kernel, stride, 1)
     )
+
+
+def _draw_product(rng: Rng) -> Iterator[int]:
+    step = _step(rng)
+    return iter((_log(rng, 1, 256), _log(rng, 16, 1024, step), _log(rng, 16, 1024, step), _log(rng, 6, 120), 1, 1, 1))
 
 
 def _draw_stem(rng: Rng) -> Iterator[int]:
@@ -225,10 +258,15 @@ def _draw_gather(rng: Rng) -> Iterator[int]:
     return iter((_log(rng, 1e3, 1e7), width, _log(rng, 1e3, 3e6)))
 
 
+def _draw_rows(rng: Rng) -> Iterator[int]:
+    return iter((_log(rng, 1e2, 1e6), _log(rng, 8, 1024, 8), _log(rng, 1e2, 1e6)))
+
+
 _SAMPLERS: tuple[tuple[str, int, Callable[[Rng], Any]], ...] = (
     ("linear", 40, _draw_linear),
     ("bmm", 10, lambda rng: (_log(rng, 2, 512), _log(rng, 16, 1024, 8), _log(rng, 16, 1024, 8), _log(rng, 16, 1024, 8))),
     ("conv", 34, _draw_conv),
+    ("conv", 10, _draw_product),
     ("conv", 6, _draw_stem),
     ("conv", 16, _draw_depthwise),
     ("attention", 14, lambda rng: (_log(rng, 1, 256), _log(rng, 2, 24), _log(rng, 48, 1200), int(rng.choice([32, 64, 64, 128])))),
@@ -249,6 +287,12 @@ _SAMPLERS: tuple[tuple[str, int, Callable[[Rng], Any]], ...] = (
     ("transpose", 7, lambda rng: (_log(rng, 1, 256), _log(rng, 16, 1024), _log(rng, 2, 24), int(rng.choice([32, 64, 128])))),
     ("cat", 5, _draw_tokens),
     ("gather", 14, _draw_gather),
+    ("scatter", 5, _draw_rows),
+    ("add_rows", 5, _draw_rows),
+    ("sort", 6, lambda rng: (_log(rng, 300, 3e6),)),
+    ("topk", 5, lambda rng: (_log(rng, 100, 1e6), _log(rng, 4, 128, 4))),
+    ("product", 4, lambda rng: (_log(rng, 1e3, 2e7), _log(rng, 2, 8))),
+    ("compare", 3, _draw_tokens),
     ("int_mul", 3, _draw_tokens),
     ("int_xor", 3, _draw_tokens),
     ("int_mod", 3, _draw_tokens),

@@ -23,7 +23,9 @@ from shared.hardware.efficiency import operator_classes
 from shared.workload import trace
 
 LIKE = {
-    "depthwise": "conv", "conv1x1": "conv", "gather": "gather_rows", "broadcast": "pointwise", "integer": "pointwise", "pool": "reduction",
+    "depthwise": "conv", "conv1x1": "conv", "conv1x1_odd": "conv", "stem": "conv", "gather": "gather_rows", "scatter": "gather_rows",
+    "sort": "gather_rows", "topk": "gather_rows", "broadcast": "pointwise", "integer": "pointwise", "division": "pointwise",
+    "pool": "reduction",
 }  # fmt: skip
 
 

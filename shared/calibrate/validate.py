@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shared.calibrate.measure import Measured
-from shared.calibrate.models import HeldOut
+from shared.calibrate.models import BUILT_IN, HeldOut
 from shared.calibrate.points import DTYPES
 from shared.errors import UserError
 from shared.hardware import Achieved, Device, WorkloadArrays, cost
@@ -85,18 +85,26 @@ def latency_s(work: Workload, device: Device, mode: str, model: str = "calibrate
 
 
 def errors(predictions: Sequence[Prediction], which: str, **where: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Absolute relative errors of one model over the rows that agree with ``where``."""
-    rows = [p for p in predictions if all(getattr(p, key) == value for key, value in where.items())]
+    """Absolute relative errors of one model over the rows that agree with ``where``: values of fields, or several of them."""
+    rows = [p for p in predictions if all(_agrees(getattr(p, key), value) for key, value in where.items())]
     return np.abs(np.array([p.error_rel(which) for p in rows]))
 
 
+def _agrees(found: Any, wanted: Any) -> bool:
+    return found in wanted if isinstance(wanted, frozenset) else bool(found == wanted)
+
+
 def summary(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Median and 90th percentile of the absolute percentage error, by mode and precision and over all."""
+    """Median and 90th percentile of the absolute percentage error, by mode and precision, over all, and over the papers' own models."""
     groups: dict[str, Mapping[str, Any]] = {}
     for p in predictions:
         groups.setdefault(f"{p.mode}, {p.dtype}", {"mode": p.mode, "dtype": p.dtype})
     for p in predictions:
         groups.setdefault(f"{p.mode}, all", {"mode": p.mode})
+    own = frozenset(p.model for p in predictions) - {model.name for model in BUILT_IN}
+    for p in predictions:
+        if p.model in own:
+            groups.setdefault(f"{p.mode}, the papers' models", {"mode": p.mode, "model": own})
     rows = []
     for name, where in groups.items():
         row: dict[str, Any] = {"group": name}

@@ -23,8 +23,8 @@ class WorkloadArrays:
         vector_ops: element-wise operations, run on the vector units.
         bytes_read, bytes_written: traffic with the memory level that the operation works from.
         count: number of calls, at least 1. Rows that launch nothing (views) do not belong into the table.
-        kind, shape: kind of the operator and (batch, m, n, k) of its matrix product, as traced; empty where the rows are written by hand,
-            and such a workload is costed without the laws of :mod:`shared.hardware.efficiency`.
+        kind, shape: kind of the operator and (batch, m, n, k) of its matrix product (see :class:`shared.workload.Cost`), as traced; empty
+            where the rows are written by hand, and such a workload is costed without the laws of :mod:`shared.hardware.efficiency`.
     """
 
     name: tuple[str, ...]
@@ -100,7 +100,7 @@ class WorkloadArrays:
 
     def shapes(self) -> Array:
         """(batch, m, n, k) of each row, (n_ops, 4); zeros where a row has none."""
-        return np.array([shape if len(shape) == 4 else (0, 0, 0, 0) for shape in self.shape], dtype=np.float64)
+        return np.array([shape[:4] if len(shape) >= 4 else (0, 0, 0, 0) for shape in self.shape], dtype=np.float64)
 
     def total(self, field: str) -> float:
         """Sum over all calls of ``flops``, ``vector_ops``, ``bytes_read``, ``bytes_written`` or ``bytes_moved``."""

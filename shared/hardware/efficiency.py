@@ -6,11 +6,17 @@ An operation of class c in precision p takes t = max(C, M) + s min(C, M) + t0 wi
   the two that is not hidden behind the longer (a kernel that loads, computes and stores in turn has 1);
 * u, the use that a shape makes of the matrix units. Where the device has ``calibration.tile_half``, a product is cut into tiles of one of
   :data:`TILES`, perhaps split along k, and the tiles run in whole waves over ``compute.units``; a tile's speed falls with its edge over
-  area, and each tile waits ``k_half`` steps for its first operands. The fastest cut counts, as a library's heuristics would choose.
-  Elsewhere each dimension x of the product uses x / (x + x_half). Rows of a normalisation, reduction or gather use k / (k + k_half) of
-  the bandwidth;
+  area, each tile waits ``k_half`` steps for its first operands, and adding up the parts of a split takes :data:`SPLIT_STEPS` more. The
+  fastest cut counts, as a library's heuristics would choose.
+  Elsewhere each dimension x of the product uses x / (x + x_half). Rows of k elements use k / (k + k_half) of the vector rate where a row
+  has a block of threads of its own (:data:`ROW_COMPUTING`), of the bandwidth in other reductions, normalisations and gathers;
 * W, the bandwidth for the operation's working set (the bytes it moves): a share 1 / (1 + (set / size)^4) of the bytes comes from each
   cache in ``calibration.caches``, with its usable size, the rest from DRAM.
+
+Classes are split where kernels differ in kind, by what a trace tells of alignment: a convolution's channels not in whole groups of
+:data:`CHANNEL_GROUP` (a stem), pictures of a 1 x 1 convolution or rows of a gather not in whole 16 bytes. Which form a law has was decided
+by the error on micro-benchmarks left out of the fit (five folds); where the validation was wrong said where to look. No model's time is in
+a fit (docs/calibration.md).
 
 All functions are vectorised over n samples of the figures and over the rows of a workload, and monotone: a higher rate, bandwidth or
 share never slows an operation.
@@ -18,7 +24,7 @@ share never slows an operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,14 +37,34 @@ from shared.hardware.device import DTYPES, Device
 Get = Callable[[str], Array]  # path of a figure -> values (n,)
 
 # Edges of the tiles of CUTLASS and cuBLAS kernels, the largest first.
-TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 16), (16, 128))
+TILES = (
+    (256, 128),
+    (128, 256),
+    (128, 128),
+    (128, 64),
+    (64, 128),
+    (64, 64),
+    (64, 32),
+    (32, 64),
+    (32, 32),
+    (128, 16),
+    (16, 128),
+)
 SMALLEST = (16, 16)  # no tile is less
 SPLITS = (1, 2, 4, 8, 16)  # along k
+SPLIT = ("matmul", "conv1x1")  # classes whose kernels split
+SPLIT_STEPS = 512  # of k, that adding up the parts of a split takes
+CHANNEL_GROUP = 8  # channels that a kernel of a convolution takes at once
 STEP = 16  # of k, what a matrix instruction takes
+ROW_COMPUTING = ("layer_norm", "batch_norm")  # classes whose short rows cost arithmetic, not traffic
+LIKE = {  # whose law holds where a class was not measured apart
+    "conv1x1_odd": "conv1x1", "stem": "conv", "sort": "gather", "topk": "gather", "scatter": "gather", "division": "integer",
+    "integer": "pointwise",
+}  # fmt: skip
 QUERY_TILE = 128  # rows of queries and keys of a tile of fused attention
 SHARPNESS = 4.0  # of the edge of a cache
 
-MATRIX = ("matmul", "conv", "conv1x1", "depthwise", "attention")
+MATRIX = ("matmul", "conv", "conv1x1", "conv1x1_odd", "stem", "depthwise", "attention")
 _SPECIAL = (
     "gelu",
     "sigmoid",
@@ -71,6 +97,9 @@ _REDUCTION = (
     "loss",
     "prod",
 )
+_DIVISION = ("remainder", "fmod", "div", "floor_divide")
+_SORT = ("sort", "argsort", "kthvalue", "median", "nanmedian", "mode", "_unique2", "unique_dim")
+_SCATTER = ("index_put", "index_add", "index_copy", "index_fill", "index_reduce", "scatter")
 _BINARY = ("add", "sub", "rsub", "mul", "div")
 ROW_ALIGNMENT = 16  # bytes: rows of such a multiple are gathered as rows, others element by element
 
@@ -90,6 +119,10 @@ def _operator_class(kind: str, name: str, shape: Sequence[int], read: float, wri
     if kind == "copy":  # clone is called where memory is to be laid out anew
         return "strided" if base == "clone" else "copy"
     if kind == "gather":
+        if base == "topk" or base in _SORT:
+            return "topk" if base == "topk" else "sort"
+        if any(part in base for part in _SCATTER):
+            return "scatter"
         whole = len(shape) == 4 and (shape[3] * _item_bytes(dtype)) % ROW_ALIGNMENT == 0
         return "gather_rows" if whole else "gather"
     if kind != "vector":
@@ -103,23 +136,28 @@ def _operator_class(kind: str, name: str, shape: Sequence[int], read: float, wri
     if "pool" in base and "adaptive_avg" not in base:  # overlapping windows
         return "pool"
     if dtype.startswith(("int", "uint")):
-        return "integer"
+        return "division" if base in _DIVISION else "integer"
     if any(part in base for part in _REDUCTION) and base not in ("maximum", "minimum"):
         return "reduction"
-    if any(part in base for part in _SPECIAL) and not base.startswith("hard"):
+    if any(part in base for part in _SPECIAL) and not base.startswith("hard") and "relu" not in base:
         return "special"
     return "broadcast" if base in _BINARY and written < read < 2 * written else "pointwise"
 
 
 def _conv_class(shape: Sequence[int], read: float, dtype: str) -> str:
     """Depthwise (any grouped), 1 x 1 without stride (its input is the left operand of the product), or any other."""
-    if len(shape) != 4:
+    if len(shape) < 4:
         return "conv"
-    groups, m, n, k = shape
+    groups, m, n, k = shape[:4]
     if groups > 1:
         return "depthwise"
+    if k % CHANNEL_GROUP:
+        return "stem"
     operand = read / _item_bytes(dtype) - n * k
-    return "conv1x1" if abs(operand / (m * k) - 1.0) < 0.01 else "conv"
+    if abs(operand / (m * k) - 1.0) >= 0.01:
+        return "conv"
+    whole = len(shape) < 5 or (shape[4] * _item_bytes(dtype)) % ROW_ALIGNMENT == 0
+    return "conv1x1" if whole else "conv1x1_odd"
 
 
 def _item_bytes(dtype: str) -> int:
@@ -143,16 +181,22 @@ def has_laws(device: Device, arrays: WorkloadArrays) -> bool:
     return bool(device.calibration.operators) and bool(arrays.kind)
 
 
+def measured_class(measured: Container[str], name: str) -> str:
+    """The class whose law holds for ``name`` where only ``measured`` ones have a law."""
+    while name not in measured and name in LIKE:
+        name = LIKE[name]
+    return name
+
+
 def law_path(device: Device, name: str, dtype: str) -> str:
     """Path of the law of a class in a precision (torch's name or the data sheet's).
 
-    Whole numbers move as single precision does, and where their arithmetic was not measured apart it is elementwise work like any other.
+    Whole numbers move as single precision does. A class that was not measured apart has the law of the one that it is most like.
 
     Raises:
         UserError: it was not calibrated.
     """
-    if name == "integer" and name not in device.calibration.operators:
-        name = "pointwise"
+    name = measured_class(device.calibration.operators, name)
     laws = device.calibration.operators.get(name)
     if laws is None:
         have = ", ".join(device.calibration.operators)
@@ -186,7 +230,8 @@ def shares(device: Device, arrays: WorkloadArrays, get: Get, level: str = "dram"
             compute[:, rows] *= _use(device, shapes[rows], name, half, get)
         elif "k" in half:
             length = shapes[rows, 3]
-            bandwidth[:, rows] *= np.where(length > 0, length / (length + half["k"][:, None]), 1.0)
+            slowed = vector if name in ROW_COMPUTING else bandwidth
+            slowed[:, rows] *= np.where(length > 0, length / (length + half["k"][:, None]), 1.0)
     return Shares(compute, vector, bandwidth, overhead, serial, cached)
 
 
@@ -234,8 +279,8 @@ def _use(device: Device, shapes: npt.NDArray[np.float64], name: str, given: Mapp
         slow = 1.0 + edge[:, None] * (1.0 / rows + 1.0 / columns)
         slow = slow / (1.0 + edge[:, None] * (1.0 / TILES[0][0] + 1.0 / TILES[0][1]))
         tiles = batch * np.ceil(m / rows) * np.ceil(n / columns)
-        for split in SPLITS:
-            steps = np.ceil(k / split / STEP) * STEP + half["k"][:, None]
+        for split in SPLITS if name in SPLIT else SPLITS[:1]:
+            steps = np.ceil(k / split / STEP) * STEP + half["k"][:, None] + (SPLIT_STEPS if split > 1 else 0)
             waves = np.ceil(tiles * split / units[:, None])
             best = np.minimum(best, waves * units[:, None] * rows * columns * steps * slow)
     return np.where(known, batch * m * n * k / best, 1.0)

@@ -41,6 +41,8 @@ OPERATOR_CLASSES = (
         "matmul",
         "conv",
         "conv1x1",
+        "conv1x1_odd",
+        "stem",
         "depthwise",
         "attention",
         "pointwise",
@@ -49,7 +51,20 @@ OPERATOR_CLASSES = (
         "batch_norm",
         "layer_norm",
     ),
-    *("softmax", "reduction", "pool", "broadcast", "integer", "gather", "gather_rows", "copy"),
+    *(
+        "softmax",
+        "reduction",
+        "pool",
+        "broadcast",
+        "integer",
+        "division",
+        "gather",
+        "gather_rows",
+        "scatter",
+        "sort",
+        "topk",
+        "copy",
+    ),
 )
 
 MEMORY_LEVELS = (

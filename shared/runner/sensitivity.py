@@ -213,8 +213,7 @@ class _Sampler:
                 )
             start = time.perf_counter()
             try:
-                results = self._entry.function(self._visible, self._context)
-                self._known[key] = {r.claim: r.value for r in results if isinstance(r, Measurement)}
+                self._known[key] = self._measurements()
             except (UserError, ArithmeticError, ValueError):
                 self._known[key] = {}
             finally:
@@ -222,6 +221,16 @@ class _Sampler:
                 for path, old in before.items():
                     OmegaConf.update(self._visible, path, old, merge=False)
         return self._known[key]
+
+    def _measurements(self) -> dict[str, float]:
+        """Runs the experiment until it has a number for each of its claims: tables and pictures after the last are not drawn up."""
+        found: dict[str, float] = {}
+        for result in self._entry.function(self._visible, self._context):
+            if isinstance(result, Measurement):
+                found[result.claim] = result.value
+                if found.keys() >= set(self._entry.claims):
+                    break
+        return found
 
 
 def _like(old: float, value: float) -> float:

@@ -43,9 +43,9 @@ class Cost:
     """Cost of one call. ``None`` for bytes means: every operand once, every result once.
 
     ``shape``: (batch, m, n, k) of the matrix product that the FLOPs are of, for models of how well a shape uses the hardware: a
-    convolution has its groups as batch and output pixels x channels out x (channels in x kernel), attention has heads x images as
-    batch and queries x keys x head width. A reduction or normalisation of m rows of k elements has (1, m, 1, k), and so has a gather of
-    m rows of k elements. Empty where there is none or several.
+    convolution has its groups as batch and output pixels x channels out x (channels in x kernel) and, fifth, the output pixels of one
+    picture; attention has heads x images as batch and queries x keys x head width. A reduction or normalisation of m rows of k elements
+    has (1, m, 1, k), and so has a gather of m rows of k elements. Empty where there is none or several.
     """
 
     kind: str

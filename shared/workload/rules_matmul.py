@@ -21,27 +21,23 @@ def _from_torch(kind: str, added: str | None, *operands: str) -> Rule:
         formula = flop_registry[call.func.overloadpacket]
         flops = formula(*(call.arg(name) for name in operands), out_val=call.out)
         bias = added is not None and call.arg(added) is not None and call.arg("beta", 1) != 0
-        return Cost(kind, int(flops), call.out.numel() if bias else 0, shape=_shape(call, kind, operands, int(flops)))
+        return Cost(kind, int(flops), call.out.numel() if bias else 0, shape=_shape(call, kind, int(flops)))
 
     return rule
 
 
-def _shape(call: Call, kind: str, operands: tuple[str, ...], flops: int) -> tuple[int, ...]:
-    """(batch, m, n, k); a convolution is the matrix product that im2col would make of it, one for each group."""
+def _shape(call: Call, kind: str, flops: int) -> tuple[int, ...]:
+    """(batch, m, n, k); a convolution is the product that im2col would make of it, one for each group, and tells its pixels."""
     out = call.out
     if flops == 0:
         return ()
     if kind == "matmul":
-        return (
-            out.numel() // (out.shape[-2] * out.shape[-1]),
-            out.shape[-2],
-            out.shape[-1],
-            call.arg(operands[0]).shape[-1],
-        )
+        return (out.numel() // (out.shape[-2] * out.shape[-1]), *out.shape[-2:], flops // (2 * out.numel()))
     if call.arg("transposed"):
         return ()
     groups, weight = int(call.arg("groups", 1)), call.arg("weight")
-    return (groups, out.numel() // out.shape[1], out.shape[1] // groups, weight.numel() // weight.shape[0])
+    pixels = prod(out.shape[2:])
+    return (groups, out.shape[0] * pixels, out.shape[1] // groups, weight.numel() // weight.shape[0], pixels)
 
 
 register_rule("aten.mm", _from_torch("matmul", None, "self", "mat2"))
@@ -88,12 +84,17 @@ def _addbmm(call: Call) -> Cost:
 
 
 def _grouped_mm(call: Call) -> Cost:
-    """(T,K)x(G,K,N) by rows, (G,M,K)x(K,T) by columns, (M,T)x(T,N) split along T into G products, (G,M,K)x(G,K,N)."""
+    """(T,K)x(G,K,N) by rows, (G,M,K)x(K,T) by columns, (M,T)x(T,N) split along T into G products, (G,M,K)x(G,K,N).
+
+    The shape of a product by rows has groups of equal size.
+    """
     a = call.arg("self", call.arg("mat_a"))
     b = call.arg("mat2", call.arg("mat_b"))
     split_inner = a.dim() == 2 and b.dim() == 2
     outer = a.shape[0] * b.shape[-1] if split_inner else call.out.numel()
-    return Cost("matmul", 2 * outer * a.shape[-1], call.out.numel() if call.arg("bias") is not None else 0)
+    by_rows = a.dim() == 2 and b.dim() == 3
+    shape = (b.shape[0], -(-a.shape[0] // b.shape[0]), b.shape[-1], a.shape[-1]) if by_rows else ()
+    return Cost("matmul", 2 * outer * a.shape[-1], call.out.numel() if call.arg("bias") is not None else 0, shape=shape)
 
 
 register_rules(("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2"), _grouped_mm)

@@ -151,7 +151,8 @@ def _normalise(call: Call) -> Cost:
     trains = call.arg("training", True) and "no_training" not in call.op
     affine = sum(call.arg(name) is not None for name in ("weight", "bias"))
     if not trains:  # kernels differ in whether they return the statistics, which nothing needs
-        return Cost("vector", vector_ops=2 * elements, bytes_written=size_bytes(call.outputs[0]))
+        planes = _rows(call.inputs[0], prod(call.inputs[0].shape[2:]))  # each has its own factor and offset
+        return Cost("vector", vector_ops=2 * elements, bytes_written=size_bytes(call.outputs[0]), shape=planes)
     written = call.bytes_out()
     # The schema of these two hides that the running statistics are updated.
     if call.op in ("aten.native_batch_norm", "aten.cudnn_batch_norm"):

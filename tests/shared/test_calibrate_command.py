@@ -19,7 +19,7 @@ from shared.calibrate.models import BUILT_IN, RoutedExperts
 from shared.calibrate.points import Limits, Point, build, micro_benchmarks
 from shared.calibrate.results import calibrated, load_measured
 from shared.calibrate.table import write_table
-from shared.calibrate.validate import latency_s, work_of
+from shared.calibrate.validate import Prediction, latency_s, summary, work_of
 from shared.errors import UserError
 from shared.hardware import DeviceBatch, cost_batch, load_device
 
@@ -73,10 +73,12 @@ def test_energy_of_a_window_is_the_counters_difference() -> None:
 
 
 def test_every_micro_benchmark_runs_and_is_one_operator() -> None:
-    points = micro_benchmarks(["fp32"], Limits(1e6, 3e5))
+    points = micro_benchmarks(["fp32"], Limits(4e6, 5e5))
     ops = {point.op: point for point in points}
     assert set(ops) == set(EAGER_SIZES) | {
         "relu6",
+        "product",
+        "compare",
         "hardswish",
         "scale",
         "silu",
@@ -90,7 +92,8 @@ def test_every_micro_benchmark_runs_and_is_one_operator() -> None:
     with torch.inference_mode():
         for point in ops.values():
             module, inputs = build(point, "cpu")
-            assert torch.isfinite(module(*inputs)).all()
+            output = module(*inputs)
+            assert torch.isfinite(output if isinstance(output, torch.Tensor) else output[0]).all()
     samples_of([{**asdict(point), "seconds": 1.0} for point in points])  # raises where a trace has not one row
 
 
@@ -141,6 +144,7 @@ def measured() -> Measured:
     for op, sizes, watts in (
         ("linear", (4096, 4096, 4096), 400.0),
         ("add", (64, 1024, 8192), 300.0),
+        ("add", (4, 256, 1024), 120.0),  # in the cache
         ("gelu", (8, 64, 64), 110.0),
     ):
         arrays = samples_of([{**asdict(Point(op, sizes, "fp32")), "seconds": 1.0}]).arrays
@@ -207,3 +211,25 @@ def test_rates_of_a_cpu_never_exceed_its_peaks() -> None:
     device = load_device(draft(Measured(machine, 0.0, points, {}, [], [], []), samples, None))
     assert (samples.arrays.flops / samples.seconds).max() <= device.op_per_s("float32")
     assert np.isfinite(device.bandwidth_bytes_per_s())
+
+
+def test_the_papers_models_have_a_line_of_their_own() -> None:
+    def prediction(model: str, mode: str, ratio: float) -> Prediction:
+        return Prediction(model, 16, "bf16", mode, 1.0, ratio, ratio, ratio)
+
+    rows = summary(
+        [prediction("resnet50", "graph", 1.1), prediction("a_layer", "graph", 0.7), prediction("a_layer", "eager", 2.0)]
+    )
+    found = {row["group"]: (row["n"], row["calibrated_median"]) for row in rows}
+    assert found["graph, the papers' models"] == (1, pytest.approx(0.3))
+    assert found["eager, the papers' models"] == (1, pytest.approx(1.0))
+    assert found["graph, all"] == (2, pytest.approx(0.2))
+
+
+def test_fits_of_others_are_listed_with_their_errors(tmp_path: Path) -> None:
+    names = ("a100_sxm4_80gb", "l40", "jetson_nano")
+    text = write_table([], tmp_path / "README.md", [load_device(name) for name in names]).read_text()
+    assert "| a100_sxm4_80gb | 0.713 | 0.845 | 7.5 | 8.2 % | 8.9 % (6.8 % to 28.0 %) |" in text
+    assert "| l40 | 148 | 3.3 (fp32) | 95 | 3.3 % |" in text
+    assert "| a100_sxm4_80gb | nvlink_pair | 28.7 | 1.89e+11 | 6.0 % |" in text
+    assert "jetson_nano" not in text  # nobody fitted it

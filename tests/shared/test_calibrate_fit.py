@@ -10,7 +10,7 @@ import pytest
 
 from shared.calibrate.devicefile import draft, with_fit
 from shared.calibrate.fit import Fit, Samples, fit_device, samples_of
-from shared.calibrate.measure import Measured
+from shared.calibrate.measure import DENSITY, Measured
 from shared.calibrate.points import Limits, micro_benchmarks
 from shared.hardware import cost_batch, load_device
 from shared.hardware.batch import DeviceBatch
@@ -42,13 +42,17 @@ TRUTH = {
     "calibration.operators.reduction.bf16.bandwidth": 0.5,
     "calibration.operators.gather.bf16.bandwidth": 0.25,
     "calibration.operators.copy.bf16.overhead": 4e-6,
+    "calibration.operators.softmax.fp32.k_half": 400.0,
+    "calibration.operators.layer_norm.fp32.vector": 0.05,
     "calibration.operators.layer_norm.fp32.k_half": 400.0,
+    "calibration.operators.stem.bf16.compute": 0.05,
+    "calibration.operators.sort.fp32.overhead": 2e-5,
 }
 
 
 @pytest.fixture(scope="module")
 def samples() -> Samples:
-    points = micro_benchmarks(["fp32", "bf16"], Limits(4e12, 6e9), density=2.0)
+    points = micro_benchmarks(["fp32", "bf16"], Limits(4e12, 6e9), density=DENSITY["cuda"])
     return samples_of([{**asdict(point), "seconds": 1.0} for point in points])
 
 
@@ -88,6 +92,20 @@ def test_the_fit_error_is_that_of_the_noise(recovered: tuple[dict[str, Any], Fit
     assert device.calibration.fit_error_rel is not None
     assert device.calibration.fit_error_rel.value == pytest.approx(float(fit.all_errors.mean()), rel=1e-3)
     assert device.figure("memory.l2.bandwidth").value == pytest.approx(fit.values["memory.l2.bandwidth"], rel=1e-3)
+
+
+def test_a_class_without_points_enough_goes_with_the_one_it_is_like(samples: Samples) -> None:
+    apart = draft(measured(GPU), samples, base=None)["calibration"]["operators"]
+    assert {"stem", "conv1x1_odd", "sort", "topk", "scatter"} <= apart.keys()
+    stems = np.flatnonzero((samples.classes == "stem") & (samples.precisions == "bf16"))
+    few = samples.select(~np.isin(np.arange(samples.seconds.size), stems[7:]))
+    data = draft(measured(GPU), few, base=None)
+    assert "stem" not in data["calibration"]["operators"]
+    fit = fit_device(data, synthetic(data, few, {}, 0.05))
+    of_conv = np.isin(few.classes, ("conv", "stem"))
+    assert len(fit.errors["conv"]) == of_conv.sum()  # stems are points of the law of convolutions
+    on_a_cpu = draft(measured(CPU), samples, base=None)["calibration"]["operators"]
+    assert not {"conv1x1_odd", "stem"} & on_a_cpu.keys()
 
 
 def test_a_cpu_is_its_own_data_sheet(samples: Samples) -> None:

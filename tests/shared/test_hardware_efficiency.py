@@ -39,7 +39,8 @@ def board(**calibration: Any) -> dict[str, Any]:
         "calibration": {
             "bandwidth_fraction": fig(1.0, "ratio"), "compute_fraction": fig(0.5, "ratio"), "overhead": fig(1e-5, "s"),
             "tile_half": fig(64.0, "count"), "caches": ["l2"],
-            "operators": {"matmul": matrix, "attention": matrix, "pointwise": {"fp32": law}, "layer_norm": {"fp32": rows}},
+            "operators": {"matmul": matrix, "attention": matrix,
+                "pointwise": {"fp32": law}, "layer_norm": {"fp32": rows}, "softmax": {"fp32": rows}},
             "fit_error_rel": fig(0.05, "ratio"), "held_out_error_rel": fig(0.08, "ratio"), "simple_error_rel": fig(0.2, "ratio"),
             **calibration,
         },
@@ -71,7 +72,9 @@ def seconds(work: WorkloadArrays, data: dict[str, Any] | None = None) -> float:
             (256, 512, 900),
             900 / 1012,
         ),  # four tiles of 256 x 128 fill the four units; 57 times 16 steps, and 100
-        ((256, 128, 4900), 1225 / 1332),  # one tile, its 4900 steps split in four: each takes 77 times 16 and waits 100
+        # Two tiles of 128 x 128, 8/7 slower, their 4900 steps split in two: 154 times 16, 100 of waiting and 512 of adding up. One tile
+        # of 256 x 128 split in four takes 4 x 32768 x (1232 + 612), which is more.
+        ((256, 128, 4900), 256 * 128 * 4900 / (4 * 128 * 128 * (2464 + 612) * 8 / 7)),
         # Five tiles of 256 x 128 take two waves; ten of 128 x 128, 8/7 slower, take three: 3 x 16384 x 8/7 < 2 x 32768.
         ((256, 640, 100), 100 / 212 * 256 * 640 / (4 * 3 * 128 * 128 * 8 / 7)),
     ],
@@ -123,13 +126,26 @@ def test_the_working_set_decides_the_bandwidth() -> None:
             1e4,
             "conv",
         ),  # stride 2: an input of 4 m k
-        ("aten.native_batch_norm", "vector", (), 1e4, 1e4, "batch_norm"),
+        ("aten.convolution", "conv", (1, 100, 32, 27), 1e4, 1e4, "stem"),  # three channels
+        (
+            "aten.convolution",
+            "conv",
+            (1, 98, 32, 16, 49),
+            4 * (98 * 16 + 32 * 16),
+            1e4,
+            "conv1x1_odd",
+        ),  # pictures of 196 bytes
+        ("aten.convolution", "conv", (1, 98, 32, 16, 196), 4 * (98 * 16 + 32 * 16), 1e4, "conv1x1"),  # of 784
+        ("aten.native_batch_norm", "vector", (1, 10, 1, 49), 1e4, 1e4, "batch_norm"),
         ("aten.native_layer_norm", "vector", (1, 10, 1, 64), 1e4, 1e4, "layer_norm"),
         ("aten._softmax", "vector", (1, 10, 1, 64), 1e4, 1e4, "softmax"),
         ("aten.mean", "vector", (1, 10, 1, 64), 1e4, 1e2, "reduction"),
         ("aten._adaptive_avg_pool2d", "vector", (), 1e4, 1e2, "reduction"),
         ("aten.max_pool2d_with_indices", "vector", (), 1e4, 1e4, "pool"),
         ("aten.gelu", "vector", (), 1e4, 1e4, "special"),
+        ("aten.elu", "vector", (), 1e4, 1e4, "special"),
+        ("aten.relu_", "vector", (), 1e4, 1e4, "pointwise"),
+        ("aten.leaky_relu", "vector", (), 1e4, 1e4, "pointwise"),
         ("aten.hardswish_", "vector", (), 1e4, 1e4, "pointwise"),
         ("aten.hardsigmoid", "vector", (), 1e4, 1e4, "pointwise"),
         ("aten.add", "vector", (), 2e4, 1e4, "pointwise"),
@@ -138,6 +154,11 @@ def test_the_working_set_decides_the_bandwidth() -> None:
         ("aten.maximum", "vector", (), 2e4, 1e4, "pointwise"),
         ("aten.index", "gather", (1, 10, 1, 64), 1e4, 1e4, "gather_rows"),  # rows of 256 bytes
         ("aten.index", "gather", (1, 10, 1, 2), 1e4, 1e4, "gather"),  # of 8
+        ("aten.searchsorted", "gather", (), 1e4, 1e4, "gather"),
+        ("aten.sort", "gather", (), 1e4, 1e4, "sort"),
+        ("aten.topk", "gather", (), 1e4, 1e4, "topk"),
+        ("aten.index_put_", "gather", (), 1e4, 1e4, "scatter"),
+        ("aten.scatter_add", "gather", (), 1e4, 1e4, "scatter"),
         ("aten.cat", "copy", (), 1e4, 1e4, "copy"),
         ("aten.clone", "copy", (), 1e4, 1e4, "strided"),
     ],
@@ -150,9 +171,19 @@ def test_classes(name: str, kind: str, shape: tuple[int, ...], read: float, writ
     assert operator_classes(row) == (expected,)
 
 
-def test_short_rows_of_a_normalisation_use_less_of_the_bandwidth() -> None:
-    rows = replace(stream(1e8), name=("aten.native_layer_norm",), shape=((1, 1000, 1, 300),))
+def test_short_rows_of_a_softmax_use_less_of_the_bandwidth() -> None:
+    rows = replace(stream(1e8), name=("aten._softmax",), shape=((1, 1000, 1, 300),))
     assert 1e8 / seconds(rows) == pytest.approx(0.5e11, rel=0.01)  # k = k_half
+
+
+def test_a_row_of_a_normalisation_costs_what_k_half_elements_cost() -> None:
+    rows = replace(
+        stream(1e6), name=("aten.native_layer_norm",), vector_ops=np.array([8e9]), shape=((1, 1000, 1, 100),)
+    )
+    assert seconds(rows) == pytest.approx(8e9 / 1e12 * (100 + 300) / 100, rel=1e-6)
+    assert seconds(replace(rows, vector_ops=np.ones(1))) == pytest.approx(
+        seconds(stream(1e6)), rel=1e-6
+    )  # traffic is as fast as any
 
 
 def test_what_is_not_hidden_adds_to_the_longer() -> None:
@@ -166,7 +197,7 @@ def test_what_is_not_hidden_adds_to_the_longer() -> None:
 def test_a_class_that_was_not_calibrated_is_an_error() -> None:
     with pytest.raises(
         UserError,
-        match="not calibrated for operators of class conv1x1: it has matmul, attention, pointwise, layer_norm",
+        match="not calibrated for operators of class conv1x1: it has matmul, attention, pointwise, layer_norm, softmax",
     ):
         seconds(replace(product(64, 64, 64, kind="conv"), bytes_read=np.array([4.0 * 2 * 64 * 64])))
     with pytest.raises(UserError, match="not calibrated for matmul in bf16: it has fp32"):
@@ -258,3 +289,16 @@ def test_launches_against_a_queue_stepped_in_time(rows: list[tuple[float, float]
         end = max(end, launched) + kernel
     kernels, launches = np.array(rows).T
     assert launched_latency_s(kernels, launches) == pytest.approx(end, abs=1e-9)
+
+
+def test_whole_numbers_divide_by_a_law_of_their_own_where_there_is_one() -> None:
+    numbers = replace(stream(1e6), name=("aten.remainder",), dtype=("int64",))
+    assert operator_classes(numbers) == ("division",)
+    assert operator_classes(replace(numbers, name=("aten.mul",))) == ("integer",)
+    plain = seconds(replace(numbers, dtype=("float32",), name=("aten.mul",)))
+    assert seconds(numbers) == pytest.approx(plain)  # not measured apart: elementwise work like any other
+    data = board()
+    data["calibration"]["operators"]["division"] = {
+        "fp32": {"bandwidth": fig(0.25, "ratio"), "overhead": fig(1e-9, "s")}
+    }
+    assert seconds(numbers, data) == pytest.approx(4 * plain, rel=1e-6)

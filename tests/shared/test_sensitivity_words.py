@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from shared.runner.sensitivity import _device_figures, _influential, sentence
+from omegaconf import OmegaConf
+
+from shared.experiment import Experiment, Measurement, Result, Table
+from shared.runner.sensitivity import _device_figures, _influential, _Sampler, sentence
 
 
 def row(figure: str, flip: float | None, total: float | None, low: float = 1.0, high: float = 2.0) -> dict[str, Any]:
@@ -42,3 +46,24 @@ def test_few_evaluations_find_the_figures_that_move_a_number() -> None:
 
     assert _influential(paths, config, "speedup", sampler) == ["device.figure9", "device.figure40"]  # type: ignore[arg-type]
     assert len(calls) < 30
+
+
+def test_an_experiment_is_run_until_it_has_a_number_for_each_of_its_claims() -> None:
+    drawn: list[float] = []
+
+    def function(cfg: Any, ctx: Any) -> Iterator[Result]:
+        yield Measurement("speed", 2.0 * cfg.model.width)
+        yield Table("first", "drawn up before the last number", [])
+        yield Measurement("size", 3.0 * cfg.model.width)
+        drawn.append(cfg.model.width)
+        yield Table("second", "drawn up after it", [])
+
+    config = OmegaConf.create({"model": {"width": 10.0}})
+    both = Experiment("both", function, ("speed", "size"), ("model",), False, __name__)
+    sampler = _Sampler(config, both, None)
+    assert sampler({"model.width": 5.0}) == {"speed": 10.0, "size": 15.0}
+    assert sampler({}) == {"speed": 20.0, "size": 30.0}
+    assert drawn == []
+    unsettled = replace(both, claims=("speed", "size", "energy"))
+    assert _Sampler(config, unsettled, None)({}) == {"speed": 20.0, "size": 30.0}
+    assert drawn == [10.0]  # to the end, where a number is missing

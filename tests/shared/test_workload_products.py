@@ -90,6 +90,29 @@ def grouped(a: torch.Tensor, b: torch.Tensor, groups: int) -> Op:
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
+@pytest.mark.parametrize(
+    ("function", "shapes", "expected"),
+    [
+        (torch.mm, [(3, 5), (5, 7)], (1, 3, 7, 5)),
+        (torch.addmm, [(7,), (3, 5), (5, 7)], (1, 3, 7, 5)),  # the added row has no k
+        (torch.bmm, [(2, 3, 5), (2, 5, 7)], (2, 3, 7, 5)),
+        (torch.baddbmm, [(2, 3, 7), (2, 3, 5), (2, 5, 7)], (2, 3, 7, 5)),
+        (nn.Conv2d(4, 6, 3, 2, 1, bias=False).to("meta"), [(2, 4, 8, 10)], (1, 2 * 4 * 5, 6, 36, 4 * 5)),
+        (nn.Conv2d(4, 6, 3, groups=2, bias=False).to("meta"), [(2, 4, 8, 10)], (2, 2 * 6 * 8, 3, 18, 6 * 8)),
+    ],
+)
+def test_shapes_of_products(
+    function: Callable[..., Any], shapes: list[tuple[int, ...]], expected: tuple[int, ...]
+) -> None:
+    assert only(function, *(meta(*shape) for shape in shapes)).shape == expected
+
+
+def test_grouped_products_tell_groups_of_equal_size() -> None:
+    a, b = meta(12, 8, dtype=torch.bfloat16), meta(3, 8, 16, dtype=torch.bfloat16)
+    offsets = torch.tensor([4, 8, 12], dtype=torch.int32, device="meta")
+    assert only(torch._grouped_mm, a, b, offs=offsets).shape == (3, 4, 16, 8)
+
+
 def test_grouped_products_count_each_row_once() -> None:
     tokens, groups, d, h = 64, 4, 32, 48
     rows = grouped(torch.randn(tokens, d), torch.randn(groups, d, h), groups)
