@@ -9,17 +9,23 @@ microsiemens and compared with that ratio: one liquid serves every const. Every 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from papers.lsm.bits import pack
-from papers.lsm.weights import BYTES_PER_WORD, Weights
+from papers.lsm.bits import WORD, pack, unpack
+from papers.lsm.weights import Weights
 from shared.errors import UserError, unknown
 
+BYTES_PER_WORD = 8  # spikes of a 64-bit word
+PARTS_PER_THREAD = 4  # of a batch, so that a late thread does not hold up the rest
 BACKENDS = ("auto", "dense", "gather", "events", "triton")
 
 
@@ -52,7 +58,7 @@ class Liquid:
         return cls(weights, decay, v_th / const, read_noise)
 
     def encode(
-        self, spikes: Tensor, *, backend: str = "auto", generator: torch.Generator | None = None, block: int = 1000
+        self, spikes: Tensor, *, backend: str = "auto", generator: torch.Generator | None = None, block: int = 250
     ) -> Tensor:
         """Counts (B, N) int16 of spike trains (B, T, n_in) of zeros and ones.
 
@@ -101,19 +107,42 @@ class Liquid:
 
     def encode_counting(self, spikes: Tensor) -> tuple[Tensor, Tensor]:
         """Counts (B, N) of the event-driven kernel, and how many rows each sample added: times N, its synaptic operations."""
-        from papers.lsm.event_kernel import encode_floats, encode_steps
-
-        _numba_threads()
-        rows = np.zeros(len(spikes), np.int64)
-        stacked, unit = self.weights.padded_rows
         data = spikes.to(torch.uint8)
         if missing := -data.shape[2] % BYTES_PER_WORD:
             data = torch.nn.functional.pad(data, (0, missing))
-        counts = np.zeros((len(spikes), stacked.shape[1]), np.int16)
-        run = encode_steps if stacked.dtype == np.int16 else encode_floats
         words = np.ascontiguousarray(data.numpy()).view(np.uint64)
-        run(words, stacked, np.float32(unit), np.float32(self.decay), np.float32(self.threshold), counts, rows)
-        return torch.from_numpy(counts[:, : self.weights.num_neurons].copy()), torch.from_numpy(rows)
+        return self._encode_events(np.zeros((*spikes.shape[:2], 4 * -(-spikes.shape[2] // WORD)), np.uint8), words)
+
+    def encode_words(self, words: Tensor, *, generator: torch.Generator | None = None, block: int = 4000) -> Tensor:
+        """As :meth:`encode`, of packed spike trains (B, T, W) on the CPU: the event-driven kernel reads them as they are."""
+        if not self.read_noise and find_spec("numba") and words.numel():
+            return self._encode_events(np.ascontiguousarray(words.numpy()).view(np.uint8))[0]
+        parts = (unpack(part, self.weights.num_inputs) for part in words.split(block))
+        return torch.cat([self.encode(part, generator=generator) for part in parts])
+
+    def _encode_events(self, masks: NDArray[Any], spikes: NDArray[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Bits (B, T, bytes), filled here from ``spikes`` where given; as many threads as torch has share the batch."""
+        from papers.lsm.event_kernel import encode_floats, encode_steps, pack_bytes
+
+        e = self.weights.event_rows
+        run = encode_steps if e.rows.dtype == np.int16 else encode_floats
+        # In steps of the grid: a power of two scales potentials without rounding.
+        decay, threshold = np.float32(self.decay), np.float32(self.threshold) * np.float32(e.steps_per_us)
+        counts = np.empty((len(masks), self.weights.num_neurons), np.int16)
+        added = np.empty(len(masks), np.int64)
+
+        def part(chosen: slice) -> None:
+            if spikes is not None:
+                pack_bytes(spikes[chosen], masks[chosen])
+            run(masks[chosen], e.rows, e.width, decay, threshold, e.groups, counts[chosen], added[chosen])
+
+        threads = torch.get_num_threads()
+        if threads == 1:
+            part(slice(None))
+        else:
+            edges = np.linspace(0, len(masks), PARTS_PER_THREAD * threads + 1).astype(int)
+            list(_pool(threads).map(part, map(slice, edges[:-1], edges[1:])))
+        return torch.from_numpy(counts), torch.from_numpy(added)
 
     def trace(self, spikes: Tensor, *, generator: torch.Generator | None = None) -> Trace:
         """Potentials and spikes of every step, by the dense back end."""
@@ -132,17 +161,20 @@ class Liquid:
     ) -> Tensor:
         """Matrix products of all rows at every step: the oracle, and the model of the array with its read noise."""
         w = self.weights.to(spikes.device)
+        if not self.read_noise:
+            return self._steps(spikes, lambda x, s: x @ w.input + s @ w.recurrent, record)
+        columns = w.num_neurons
+        inputs = torch.cat([w.input, w.input_power], 1)
+        recurrent = torch.cat([w.recurrent, w.recurrent_power], 1)
 
-        def current(x: Tensor, s: Tensor) -> Tensor:
-            result = x @ w.input + s @ w.recurrent
-            if self.read_noise:
-                # Independent noise of every active cell adds up to one normal number with the summed variance.
-                variance = x @ w.input_power + s @ w.recurrent_power
-                noise = torch.randn(result.shape, generator=generator, device=result.device)
-                result = result + self.read_noise * variance.sqrt() * noise
-            return result
+        def noisy(x: Tensor, s: Tensor) -> Tensor:
+            # Independent noise of every active cell adds up to one normal number with the summed variance.
+            both = torch.addmm(x @ inputs, s, recurrent)
+            mean, sd = both[:, :columns], both[:, columns:].sqrt_()
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+            return mean.addcmul_(sd, noise, value=self.read_noise)
 
-        return self._steps(spikes, current, record)
+        return self._steps(spikes, noisy, record)
 
     def _gather(
         self, spikes: Tensor, record: Callable[[Tensor, Tensor], object] | None, generator: torch.Generator | None
@@ -169,11 +201,11 @@ class Liquid:
         s, counts = torch.zeros_like(u), torch.zeros_like(u)
         decay, threshold = torch.tensor(self.decay).float(), torch.tensor(self.threshold).float()
         for t in range(steps):
-            u = u * decay * (1.0 - s) + current(spikes[:, t].float(), s)
-            s = (u > threshold).float()
+            u.mul_(decay).mul_(1.0 - s).add_(current(spikes[:, t].float(), s))
+            torch.gt(u, threshold, out=s)
             counts += s
             if record is not None:
-                record(u, s)
+                record(u.clone(), s.clone())
         return counts.to(torch.int16)
 
 
@@ -182,9 +214,6 @@ def firing_rate(counts: Tensor, steps: int) -> float:
     return float(counts.float().mean()) / steps
 
 
-def _numba_threads() -> None:
-    """Torch's number of threads, so that parallel jobs share the machine as they were told to."""
-    import numba
-
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)

@@ -6,8 +6,7 @@ Plain values in and out. A job names the folder of its data by its key, which de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,7 @@ class SpikeSet:
         return torch.cat([unpack(w, self.inputs).sum(1, dtype=torch.int16) for w in self.words.split(self.block)])
 
     def counts(self, liquid: Liquid, generator: torch.Generator | None = None) -> Tensor:
-        return torch.cat(
-            [liquid.encode(unpack(w, self.inputs), generator=generator) for w in self.words.split(self.block)]
-        )
+        return liquid.encode_words(self.words, generator=generator)
 
     def density(self) -> float:
         return float(self.spikes(slice(0, 500)).float().mean())
@@ -147,7 +144,8 @@ def supervised_job(
     software = make_weights("gaussian", spikes.inputs, neurons, seed)
     device = make_weights("breakdown", spikes.inputs, neurons, seed, formed=formed)
     arms: dict[str, tuple[Weights, float]] = {
-        "liquid": (software, 0.0), "no recurrence": (software.without_recurrence(), 0.0), "formed cells": (device, 0.0),
+        "liquid": (software if liquid["recurrent"] else software.without_recurrence(), 0.0),
+        "no recurrence": (software.without_recurrence(), 0.0), "formed cells": (device, 0.0),
         "formed cells, read noise": (device, noise),
     }  # fmt: skip
     raw = split_features(spikes.raw(), labels, sizes)
@@ -230,43 +228,33 @@ def sweep_job(
 def trained_job(
     *, seed: int, data: str, sizes: list[int], kind: str, train: Mapping[str, Any], rates: list[float], workdir: Path, progress: Progress
 ) -> dict[str, Any]:  # fmt: skip
-    """SRNN with linear or spiking output, or a plain RNN; as many learning rates as the liquid has consts, chosen on validation."""
-    from papers.lsm.baselines import SRNN, LinearOutput, PlainRNN, SpikingOutput, train_classifier
+    """SRNN with linear or spiking output, or a plain RNN. Every learning rate is tried for a few epochs, the best on validation goes on."""
+    from papers.lsm.baselines import SRNN, LinearOutput, PlainRNN, SpikingOutput, Training, classifier, epochs_run, tune
 
     spikes, labels = open_spikes(workdir, data, sum(sizes))
     edges = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
     parts = tuple((spikes.spikes(slice(a, b)), labels[a:b]) for a, b in pairwise(edges))
-    classes = int(labels.max()) + 1
-    best: dict[str, Any] = {"val": -1.0}
-    selected = 0.0
-    for index, rate in enumerate(rates):
+    classes, neurons = int(labels.max()) + 1, train["neurons"]
+
+    def network() -> torch.nn.Module:
         torch.manual_seed(seed)
-
-        def body() -> SRNN:
-            return SRNN(
-                spikes.inputs,
-                train["neurons"],
-                decay=train["decay"],
-                v_th=train["v_th"],
-                const=train["const"],
-                seed=seed,
-            )
-
         if kind == "RNN":
-            model: torch.nn.Module = PlainRNN(spikes.inputs, train["neurons"], classes, train["rnn_steps"])
-        elif kind == "SRNN-SNN":
-            model = SpikingOutput(body(), classes, decay=train["output_decay"])
-        else:
-            model = LinearOutput(body(), classes)
-        found = train_classifier(
-            model, parts, epochs=train["epochs"], batch=train["batch"], lr=rate, seed=seed, mse=kind == "SRNN-SNN",
-            progress=partial(_nested, progress, index, len(rates), train["epochs"]),
-        )  # fmt: skip
-        selected = max(selected, found["test_selected"])
-        if found["val"] > best["val"]:
-            best = {**found, "lr": rate}
-    return {**best, "test_selected": selected}
+            return PlainRNN(spikes.inputs, neurons, classes, train["rnn_steps"])
+        body = SRNN(spikes.inputs, neurons, decay=train["decay"], v_th=train["v_th"], const=train["const"], seed=seed)
+        return (
+            SpikingOutput(body, classes, decay=train["output_decay"])
+            if kind == "SRNN-SNN"
+            else LinearOutput(body, classes)
+        )
+
+    def make(rate: float) -> Training:
+        return classifier(network(), parts, batch=train["batch"], lr=rate, seed=seed, mse=kind == "SRNN-SNN")
+
+    plan = (rates, train["trial_epochs"], train["epochs"])
+    return tune(make, *plan, counted(progress, epochs_run(*plan)))
 
 
-def _nested(progress: Progress, index: int, number: int, epochs: int, epoch: int) -> None:
-    progress(index * epochs + epoch, number * epochs)
+def counted(progress: Progress, total: int) -> Callable[[], None]:
+    """Reports one more step of ``total`` at every call."""
+    steps = count(1)
+    return lambda: progress(next(steps), total)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from papers.lsm.encoder import Liquid, firing_rate
-from papers.lsm.jobs import Progress, SpikeSet, make_weights, open_data
+from papers.lsm.jobs import Progress, SpikeSet, counted, make_weights, open_data
 from papers.lsm.weights import Weights
 from papers.lsm.zeroshot import Modality
 
@@ -74,8 +74,10 @@ def zeroshot_job(
         "audio": make_weights("gaussian", spikes["audio"].inputs, audio["neurons"], seed + SECOND_SEED),
     }
     device = {
-        "image": make_weights("breakdown", spikes["image"].inputs, image["neurons"], seed),
-        "audio": make_weights("breakdown", spikes["audio"].inputs, audio["neurons"], seed + SECOND_SEED),
+        "image": make_weights("breakdown", spikes["image"].inputs, image["neurons"], seed, formed=image["formed"]),
+        "audio": make_weights(
+            "breakdown", spikes["audio"].inputs, audio["neurons"], seed + SECOND_SEED, formed=audio["formed"]
+        ),
     }
 
     def liquids(w: Mapping[str, Weights], eta: float = 0.0) -> list[tuple[Any, Any]]:
@@ -130,60 +132,46 @@ def clip_job(
     *, seed: int, digits: str, words: str, sizes: list[int], pairs: list[list[int]], image: Mapping[str, Any], audio: Mapping[str, Any],
     train: Mapping[str, Any], workdir: Path, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """SRNN-CLIP: everything trained, some pairs of unseen digits, the loss, epochs and items of the liquid's heads."""
-    from papers.lsm.baselines import SRNN, SpikingCLIP, train_clip
+    """SRNN-CLIP: everything trained, some pairs of unseen digits, the loss and items of the liquid's heads, tuned on seen classes."""
+    from papers.lsm.baselines import SRNN, SpikingCLIP, Training, clip, epochs_run, tune
     from papers.lsm.zeroshot import retrieval
 
     sets = _digit_sets(workdir, digits, words, sizes)
-    parts = {name: one.parts(one.spikes.spikes()) for name, one in sets.items()}
-    result: dict[str, list[float]] = {"seen": [], "unseen": [], "test_selected": []}
-    total = len(pairs) * len(train["rates"]) * train["epochs"]
-    done = 0
-    for pair in pairs:
-        unseen = [k - 1 for k in pair]
+    sides = {"audio": audio, "image": image}
+    parts = {name: sets[name].parts(sets[name].spikes.spikes()) for name in sides}
+    plan = (train["rates"], train["trial_epochs"], train["epochs"])
+    step = counted(progress, len(pairs) * epochs_run(*plan))
+
+    def tuned(unseen: list[int]) -> dict[str, float]:
         seen = [k for k in range(9) if k not in unseen]
-        rows: list[tuple[float, float, float]] = []
-        for rate in train["rates"]:
+        items = [parts[name].train[seen].flatten(0, 1) for name in sides]
+        labels = torch.arange(len(seen)).repeat_interleave(sizes[0])
+
+        def make(rate: float) -> Training:
             torch.manual_seed(seed)
             bodies = [
                 SRNN(
-                    sets[name].spikes.inputs,
-                    o["neurons"],
-                    decay=o["decay"],
-                    v_th=train["v_th"],
-                    const=train["const"],
-                    seed=seed,
+                    sets[name].spikes.inputs, o["neurons"], decay=o["decay"], v_th=train["v_th"], const=train["const"], seed=seed
                 )
-                for name, o in (("audio", audio), ("image", image))
-            ]
+                for name, o in sides.items()
+            ]  # fmt: skip
             model = SpikingCLIP(bodies[0], bodies[1], train["dim"])
-            data = [parts[name].train[seen].flatten(0, 1) for name in ("audio", "image")]
-            labels = torch.arange(len(seen)).repeat_interleave(sizes[0])
 
-            def score(model: SpikingCLIP, part: str, which: list[int]) -> float:
-                with torch.no_grad():
-                    e = [
-                        model.embed(i, getattr(parts[n], part)[which].flatten(0, 1))
-                        for i, n in enumerate(("audio", "image"))
-                    ]
-                each = getattr(parts["audio"], part).shape[1]
-                return float(retrieval(e[0], e[1], torch.arange(len(which)).repeat_interleave(each)))
+            def score(part: str, which: list[int]) -> float:
+                chosen = [getattr(parts[name], part)[which] for name in sides]
+                e = [model.embed(i, x.flatten(0, 1)) for i, x in enumerate(chosen)]
+                return float(retrieval(e[0], e[1], torch.arange(len(which)).repeat_interleave(chosen[0].shape[1])))
 
-            def after(epoch: int, model: SpikingCLIP = model) -> None:
-                nonlocal done
-                rows.append((score(model, "val", seen), score(model, "test", seen), score(model, "test", unseen)))  # noqa: B023
-                done += 1
-                progress(done, total)
-
-            train_clip(
-                model, data[0], data[1], labels, epochs=train["epochs"], batch=train["batch"], lr=rate, tau=train["tau"], seed=seed,
-                each_epoch=after,
+            return clip(
+                model, items, labels, lambda: score("val", seen),
+                lambda: {"seen": score("test", seen), "unseen": score("test", unseen)},
+                batch=train["batch"], lr=rate, tau=train["tau"], seed=seed,
             )  # fmt: skip
-        best = max(rows)
-        result["seen"].append(best[1])
-        result["unseen"].append(best[2])
-        result["test_selected"].append(max(r[2] for r in rows))
-    return {**result, "pairs": pairs}
+
+        return tune(make, *plan, step)
+
+    found = [tuned([k - 1 for k in pair]) for pair in pairs]
+    return {"seen": [f["seen"] for f in found], "unseen": [f["unseen"] for f in found], "pairs": pairs}
 
 
 def windows_job(

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from shared.errors import UserError
 
 STEPS_PER_MICROSIEMENS = 64
 LIMIT_MICROSIEMENS = 32.0  # 2,048 grid steps: the largest integer up to which float16 holds all, for the tensor cores
-SHORT_STEPS = 4095  # eight such weights add up within 16 bits
-BYTES_PER_WORD = 8  # spikes of a 64-bit word
+SHORT_STEPS, SHORT_MAX = 4095, 32767  # eight such weights add up within 16 bits
+COLUMN_PAD = 32  # of the event-driven kernel's vectors, and the inputs of a packed word
 MAX_STEPS = 2**24  # integers that float32 holds exactly
 
 # Software simulation of the laboratory's code (mean, s.d. in µS); which chip they describe is not certain.
@@ -32,6 +30,19 @@ GAUSSIAN_RECURRENT = (0.00606, 6.67268)
 # Formed cells of the laboratory's 40 nm array, and the voltage at which pristine cells break down.
 FORMED_MEAN, FORMED_SD = 12.27, 1.74
 FORMING_MEAN_V, FORMING_SD_V = 3.433, 0.114
+
+
+@dataclass(frozen=True)
+class EventRows:
+    """What the event-driven kernel reads: rows one after another, each ``width`` columns of ``1 / steps_per_us`` µS.
+
+    ``groups`` of eight rows add up within 16 bits, whatever the rows.
+    """
+
+    rows: NDArray[Any]
+    width: int
+    steps_per_us: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -63,17 +74,18 @@ class Weights:
         return torch.cat([self.input, self.recurrent])
 
     @cached_property
-    def padded_rows(self) -> tuple[NDArray[Any], float]:
-        """The stacked array for the event-driven kernel, rows and columns padded to multiples of 8, and the unit of its entries in µS.
-
-        16-bit integers of the grid where the weights allow it, else float32.
-        """
-        pad = [-n % BYTES_PER_WORD for n in (self.num_inputs, self.num_neurons)]
-        stacked = torch.cat([F.pad(self.input, (0, pad[1], 0, pad[0])), F.pad(self.recurrent, (0, pad[1], 0, pad[1]))])
+    def event_rows(self) -> EventRows:
+        """The stacked array for the event-driven kernel: 16-bit integers of the grid where the weights allow it, else float32."""
+        inputs, neurons = (-(-n // COLUMN_PAD) * COLUMN_PAD for n in (self.num_inputs, self.num_neurons))
+        stacked = torch.zeros(inputs + neurons + 1, neurons)  # the last row pads lists of rows
+        stacked[: self.num_inputs, : self.num_neurons] = self.input
+        stacked[inputs : inputs + self.num_neurons, : self.num_neurons] = self.recurrent
         steps = stacked * STEPS_PER_MICROSIEMENS
-        if torch.equal(steps, steps.round()) and float(steps.abs().max()) <= SHORT_STEPS:
-            return np.ascontiguousarray(steps.to(torch.int16).numpy()), 1 / STEPS_PER_MICROSIEMENS
-        return np.ascontiguousarray(stacked.float().numpy()), 1.0
+        largest = float(steps.abs().max())
+        if torch.equal(steps, steps.round()) and largest <= SHORT_STEPS:
+            groups = int(SHORT_MAX // (8 * max(largest, 1.0)))
+            return EventRows(steps.to(torch.int16).flatten().numpy(), neurons, STEPS_PER_MICROSIEMENS, groups)
+        return EventRows(stacked.float().flatten().numpy(), neurons, 1, 1)
 
     def without_recurrence(self) -> Weights:
         """The control: independent neurons."""

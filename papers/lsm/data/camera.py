@@ -85,14 +85,14 @@ def events(
     return on, off
 
 
-def spike_trains(images: Tensor, seed: int, camera: Camera = Camera(), block: int = 2000) -> Tensor:
+def spike_trains(images: Tensor, seed: int, camera: Camera = Camera(), block: int = 250) -> Tensor:
     """ON events of the central pixels (N, T, 256) as uint8."""
     generator = torch.Generator().manual_seed(seed)
     parts = [events(part, generator, camera)[0].flatten(2).to(torch.uint8) for part in images.split(block)]
     return torch.cat(parts)
 
 
-def packed_spike_trains(images: Tensor, seed: int, camera: Camera = Camera(), block: int = 2000) -> Tensor:
+def packed_spike_trains(images: Tensor, seed: int, camera: Camera = Camera(), block: int = 250) -> Tensor:
     """The same as packed words (N, T, 8): 1.6 kB a sample, for sets as large as MNIST."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([pack(events(part, generator, camera)[0].flatten(2)) for part in images.split(block)])

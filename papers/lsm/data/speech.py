@@ -1,8 +1,9 @@
 """Formant speech before a 64-channel cochlea (stand-in B), and an order task on it (B2). All utterances run through the filters together.
 
 Words are strings of phonemes: pulses or band-passed noise through three resonators, with speakers that differ in formants, tempo and pitch.
-The cochlea: band-passes from 100 to 7,000 Hz, half-wave, 50 Hz low-pass, square root, integrate and fire.
+The cochlea: band-passes from 100 to 7,000 Hz, half-wave, 50 Hz low-pass, square root, integrate and fire. numba compiles the filters.
 """
+# mypy: allow-untyped-defs, disable-error-code="untyped-decorator"
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -89,23 +91,33 @@ def synthesise(
     gain = 1 - b1 - b2
     h0, h1, h2 = band_pass(np.sqrt(low * high), np.sqrt(low * high) / (high - low))
     pitch = np.array([s.pitch_hz for s in speakers], np.float32) / RATE_HZ
-    noise = rng.standard_normal((longest * FRAME, batch), dtype=np.float32)
-    wave = np.zeros((longest * FRAME, batch), np.float32)
-    y1, y2 = np.zeros((3, batch), np.float32), np.zeros((3, batch), np.float32)
-    n1, n2, z1, z2, phase = (np.zeros(batch, np.float32) for _ in range(5))
-    for i in range(longest * FRAME):
-        f = i // FRAME
-        phase += pitch
-        x = np.where(phase >= 1.0, voice[:, f], np.float32(0.0)) * 8.0
-        phase -= phase >= 1.0
-        for k in range(3):
-            x = gain[k, :, f] * x + b1[k, :, f] * y1[k] + b2[k, :, f] * y2[k]
-            y2[k], y1[k] = y1[k], x
-        z = noise[i] * hiss[:, f]
-        n = h0[:, f] * (z - z2) - h1[:, f] * n1 - h2[:, f] * n2
-        z2, z1, n2, n1 = z1, z, n1, n
-        wave[i] = x + n
-    return np.ascontiguousarray(wave.T), frames
+    noise = rng.standard_normal((batch, longest * FRAME), dtype=np.float32)
+    gain, b1, b2 = (np.ascontiguousarray(f, np.float32) for f in (gain, b1, b2))
+    wave = np.zeros((batch, longest * FRAME), np.float32)
+    _speak(gain, b1, b2, voice, hiss, h0, h1, h2, pitch, noise, wave)
+    return wave, frames
+
+
+@njit(cache=True, nogil=True)
+def _speak(gain, b1, b2, voice, hiss, h0, h1, h2, pitch, noise, wave):
+    """Fill ``wave`` (B, L): pulses of ``pitch`` through three resonators, and band-passed noise. Others are (…, B, frames)."""
+    for b in range(wave.shape[0]):
+        y1, y2 = np.zeros(3, np.float32), np.zeros(3, np.float32)
+        phase = n1 = n2 = z1 = z2 = np.float32(0.0)
+        for i in range(wave.shape[1]):
+            f = i // FRAME
+            phase += pitch[b]
+            x = np.float32(0.0)
+            if phase >= np.float32(1.0):
+                x = voice[b, f] * np.float32(8.0)
+                phase -= np.float32(1.0)
+            for k in range(3):
+                x = gain[k, b, f] * x + b1[k, b, f] * y1[k] + b2[k, b, f] * y2[k]
+                y2[k], y1[k] = y1[k], x
+            z = noise[b, i] * hiss[b, f]
+            n = h0[b, f] * (z - z2) - h1[b, f] * n1 - h2[b, f] * n2
+            z2, z1, n2, n1 = z1, z, n1, n
+            wave[b, i] = x + n
 
 
 def band_pass(
@@ -131,39 +143,41 @@ def cochlea(wave: NDArray[np.float32], frames: NDArray[np.int64]) -> Tensor:
     """Spike trains (B, 129, 64) uint8 of waveforms (B, L); an utterance fills all bins, whatever its length."""
     centre = centres_hz()
     b0, a1, a2 = band_pass(centre, centre / (24.7 * (4.37e-3 * centre + 1)))  # equivalent rectangular bandwidths
-    batch, samples = wave.shape
     smooth = np.float32(1 - np.exp(-2 * np.pi * 50.0 / RATE_HZ))
-    y1, y2, level = (np.zeros((batch, CHANNELS), np.float32) for _ in range(3))
-    work, other = np.empty_like(level), np.empty_like(level)
-    envelope = np.zeros((samples // FRAME, batch, CHANNELS), np.float32)
-    columns = np.ascontiguousarray(wave.T)
-    difference = columns.copy()
-    difference[2:] -= columns[:-2]
-    for i in range(samples):
-        np.multiply(difference[i][:, None], b0, out=work)
-        np.multiply(y1, a1, out=other)
-        work -= other
-        np.multiply(y2, a2, out=y2)
-        work -= y2
-        y1, y2, work = work, y1, y2  # the oldest state becomes the next scratch
-        np.maximum(y1, 0, out=other)
-        other -= level
-        other *= smooth
-        level += other
-        if i % FRAME == FRAME - 1:
-            envelope[i // FRAME] = level
-    mean = envelope.sum(axis=(0, 2), keepdims=True) / (CHANNELS * frames[None, :, None])
-    envelope /= np.maximum(LOUDNESS * mean, 1e-9)
-    drive = GAIN * np.sqrt(envelope)
-    potential = np.zeros((batch, CHANNELS), np.float32)
-    spikes = np.zeros((batch, BINS, CHANNELS), bool)
-    rows = np.arange(batch)
-    for f in range(drive.shape[0]):
-        potential += drive[f]
-        fired = (potential >= FIRE) & (f < frames)[:, None]
-        potential -= FIRE * fired
-        spikes[rows, np.minimum(f * BINS // frames, BINS - 1)] |= fired
-    return torch.from_numpy(spikes).to(torch.uint8)
+    spikes = np.zeros((len(wave), BINS, CHANNELS), np.uint8)
+    _hear(wave, frames, b0, a1, a2, smooth, np.float32(GAIN), np.float32(FIRE), np.float32(LOUDNESS), spikes)
+    return torch.from_numpy(spikes)
+
+
+@njit(cache=True, nogil=True)
+def _hear(wave, frames, b0, a1, a2, smooth, gain, fire, loudness, spikes):
+    """Fill spikes (B, bins, channels): the smoothed half-wave of every band-pass, its level set over the utterance, integrated to fire."""
+    _, bins, channels = spikes.shape
+    longest = wave.shape[1] // FRAME
+    for b in range(wave.shape[0]):
+        y1, y2, level = np.zeros(channels, np.float32), np.zeros(channels, np.float32), np.zeros(channels, np.float32)
+        envelope = np.empty((longest, channels), np.float32)
+        for f in range(longest):
+            for i in range(f * FRAME, (f + 1) * FRAME):
+                difference = wave[b, i] - wave[b, i - 2] if i >= 2 else wave[b, i]
+                for c in range(channels):
+                    y = difference * b0[c] - y1[c] * a1[c] - y2[c] * a2[c]
+                    y2[c] = y1[c]
+                    y1[c] = y
+                    level[c] += (max(y, np.float32(0.0)) - level[c]) * smooth
+            envelope[f] = level
+        total = 0.0
+        for value in envelope.flat:
+            total += value
+        scale = np.float32(1.0 / max(loudness * total / (channels * frames[b]), 1e-9))
+        potential = np.zeros(channels, np.float32)
+        for f in range(frames[b]):
+            now = spikes[b, min(f * bins // frames[b], bins - 1)]
+            for c in range(channels):
+                potential[c] += gain * np.sqrt(envelope[f, c] * scale)
+                if potential[c] >= fire:
+                    potential[c] -= fire
+                    now[c] = 1
 
 
 def utterances(words: Sequence[Sequence[str]], seed: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from papers.lsm.experiments.setup import by_seed, data_of, digit_sizes, mean, plain
+from papers.lsm.experiments.setup import by_group, by_seed, data_of, digit_sizes, mean, plain
 from shared.errors import unknown
 from shared.experiment import Context, Picture, Plot, Result, Table, experiment, half_width, seed_measurement
 
@@ -14,26 +14,37 @@ LIQUID_OF = {"digits": "digits", "words": "speech", "order": "speech"}
 
 
 def _supervised(
-    cfg: Any, ctx: Context, name: str, *, limited: bool = False
-) -> tuple[list[dict[str, Any]], dict[int, str], list[int]]:
+    cfg: Any, ctx: Context, names: Sequence[str], *, limited: bool = False
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[int, str]], dict[str, list[int]]]:
+    """Read-outs of every seed, keys of the data, and sizes of the parts, by task."""
     from papers.lsm.jobs import supervised_job
 
-    size, sizes = (
-        digit_sizes(cfg, limited=limited)
+    drawn = {
+        name: digit_sizes(cfg, limited=limited)
         if name == "digits"
         else (cfg.supervised[name].size, [int(n) for n in cfg.supervised[name].sizes])
-    )
-    keys = data_of(ctx, cfg, name, size)
-    chosen = cfg.liquids[LIQUID_OF[name]]
-    liquid = {
-        "decay": chosen.decay, "v_th": chosen.v_th, "neurons": cfg.liquids.neurons, "formed": cfg.liquids.formed,
-        "read_noise": cfg.liquids.read_noise, "gain": cfg.liquids.gain,
-    }  # fmt: skip
-    jobs = [
-        {"seed": s, "data": keys[s], "sizes": sizes, "liquid": liquid, "consts": [float(c) for c in chosen.consts]}
-        for s in ctx.seeds
-    ]
-    return by_seed(ctx, f"read-outs: {name}", supervised_job, jobs), keys, sizes
+        for name in names
+    }
+    keys = data_of(ctx, cfg, {name: size for name, (size, _) in drawn.items()})
+    jobs = {}
+    for name, (_, sizes) in drawn.items():
+        chosen = cfg.liquids[LIQUID_OF[name]]
+        liquid = {
+            "decay": chosen.decay, "v_th": chosen.v_th, "neurons": cfg.liquids.neurons, "formed": cfg.liquids.formed,
+            "read_noise": cfg.liquids.read_noise, "gain": cfg.liquids.gain,
+            "recurrent": cfg.liquids.recurrent,
+        }  # fmt: skip
+        jobs[name] = [
+            {
+                "seed": s,
+                "data": keys[name][s],
+                "sizes": sizes,
+                "liquid": liquid,
+                "consts": [float(c) for c in chosen.consts],
+            }
+            for s in ctx.seeds
+        ]
+    return by_group(ctx, "read-outs", supervised_job, jobs), keys, {name: sizes for name, (_, sizes) in drawn.items()}
 
 
 def _tests(results: Sequence[Mapping[str, Any]], arm: str, readout: str) -> list[float]:
@@ -61,9 +72,7 @@ def _check_readout(name: str) -> None:
 def supervised(cfg: Any, ctx: Context) -> Iterator[Result]:
     readout = cfg.supervised.readout
     _check_readout(readout)
-    found, keys = {}, {}
-    for name in TITLES:
-        found[name], keys[name], _ = _supervised(cfg, ctx, name)
+    found, _, _ = _supervised(cfg, ctx, list(TITLES))
 
     def tests(name: str, arm: str) -> list[float]:
         return _tests(found[name], arm, readout)
@@ -106,12 +115,10 @@ def supervised(cfg: Any, ctx: Context) -> Iterator[Result]:
         note="input density "
         + ", ".join(f"{TITLES[n]} {100 * mean([r['density'] for r in found[n]]):.1f} %" for n in TITLES),
     )
-    yield from _pictures(cfg, ctx, found, keys)
+    yield from _pictures(cfg, ctx, found)
 
 
-def _pictures(
-    cfg: Any, ctx: Context, found: Mapping[str, Any], keys: Mapping[str, Mapping[int, str]]
-) -> Iterator[Result]:
+def _pictures(cfg: Any, ctx: Context, found: Mapping[str, Any]) -> Iterator[Result]:
     from papers.lsm import pictures
     from papers.lsm.jobs import make_weights
 
@@ -165,40 +172,33 @@ def comparison(cfg: Any, ctx: Context) -> Iterator[Result]:
     readout, rows = cfg.supervised.readout, []
     _check_readout(readout)
     gaps: dict[tuple[str, str], list[float]] = {}
-    for name in ("digits", "order"):
-        found, keys, sizes = _supervised(cfg, ctx, name, limited=True)
-        liquid = _tests(found, "liquid", readout)
-        rows.append(
-            {
-                "task": TITLES[name],
-                "network": "liquid",
-                "accuracy %": mean(liquid),
-                "±": half_width(liquid),
-                "learning rates": "",
-            }
-        )
+    found, keys, sizes = _supervised(cfg, ctx, ["digits", "order"], limited=True)
+    jobs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name in found:
         settings = plain(cfg.trained[name])
         for kind in settings.pop("kinds"):
-            jobs = [
+            jobs[name, kind] = [
                 {
-                    "seed": s, "data": keys[s], "sizes": sizes, "kind": kind, "train": settings,
+                    "seed": s, "data": keys[name][s], "sizes": sizes[name], "kind": kind, "train": settings,
                     "rates": [float(r) for r in cfg.trained.rates],
                 }
                 for s in ctx.seeds
             ]  # fmt: skip
-            results = by_seed(ctx, f"{kind}: {name}", trained_job, jobs)
+    networks = by_group(ctx, "trained networks", trained_job, jobs)
+
+    def row(name: str, network: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
+        return {"task": TITLES[name], "network": network, "accuracy %": mean(values), "±": half_width(values), **more}
+
+    for name in found:
+        liquid = _tests(found[name], "liquid", readout)
+        rows.append(row(name, "liquid", liquid))
+        for kind in (kind for task, kind in networks if task == name):
+            results = networks[name, kind]
             values = [100 * r["test"] for r in results]
             gaps[name, kind] = _minus(values, liquid)
             rates = ", ".join(sorted({f"{r['lr']:g}" for r in results}))
-            rows.append(
-                {
-                    "task": TITLES[name],
-                    "network": kind,
-                    "accuracy %": mean(values),
-                    "±": half_width(values),
-                    "learning rates": rates,
-                }
-            )
+            epochs = ", ".join(str(n) for n in sorted({r["epoch"] for r in results}))
+            rows.append(row(name, kind, values, **{"learning rates": rates, "epochs chosen": epochs}))
     yield seed_measurement("nmnist_srnn_gap", gaps["digits", "SRNN-ANN"])
     yield seed_measurement("nmnist_snn_gap", gaps["digits", "SRNN-SNN"])
     yield seed_measurement("nmnist_rnn_gap", gaps["digits", "RNN"])
@@ -217,7 +217,7 @@ def device_map(cfg: Any, ctx: Context) -> Iterator[Result]:
     from papers.lsm.jobs import sweep_job
 
     size, sizes = digit_sizes(cfg, limited=True)
-    keys = data_of(ctx, cfg, "digits", size)
+    keys = data_of(ctx, cfg, {"digits": size})["digits"]
     s, chosen = cfg.sweep, cfg.liquids.digits
     sizes_of = [int(n) for n in s.neurons]
     formed = sorted({float(q) for q in s.formed} | {float(cfg.liquids.formed)})

@@ -37,14 +37,16 @@ def zeroshot(cfg: Any, ctx: Context) -> Iterator[Result]:
     z = cfg.zeroshot
     if z.pairing not in ("true", "permuted"):
         raise unknown("zeroshot.pairing", z.pairing, ("true", "permuted"))
-    digits = data_of(ctx, cfg, "digits", digit_sizes(cfg)[0])
-    words = data_of(ctx, cfg, "words", cfg.supervised.words.size)
+    keys = data_of(ctx, cfg, {"digits": digit_sizes(cfg)[0], "words": cfg.supervised.words.size})
     sides = {
-        side: {"decay": o.decay, "v_th": o.v_th, "neurons": cfg.liquids.neurons, "read_noise": cfg.liquids.read_noise}
+        side: {
+            "decay": o.decay, "v_th": o.v_th, "neurons": cfg.liquids.neurons, "read_noise": cfg.liquids.read_noise,
+            "formed": cfg.liquids.formed,
+        }
         for side, o in (("image", cfg.liquids.digits), ("audio", cfg.liquids.speech))
-    }
+    }  # fmt: skip
     common = [
-        {"seed": s, "digits": digits[s], "words": words[s], "sizes": [int(n) for n in z.sizes], **sides}
+        {"seed": s, "digits": keys["digits"][s], "words": keys["words"][s], "sizes": [int(n) for n in z.sizes], **sides}
         for s in ctx.seeds
     ]
     options = {
@@ -178,7 +180,7 @@ def letters(cfg: Any, ctx: Context) -> Iterator[Result]:
 
     w = plain(cfg.windows)
     size = w.pop("size")
-    keys = data_of(ctx, cfg, "curves", size)
+    keys = data_of(ctx, cfg, {"curves": size})["curves"]
     jobs = [{"seed": s, "data": keys[s], "gain": cfg.liquids.gain, **w} for s in ctx.seeds]
     results = by_seed(ctx, "windows", windows_job, jobs)
 

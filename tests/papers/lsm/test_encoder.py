@@ -128,6 +128,31 @@ def test_all_back_ends_agree_bit_for_bit(make: object, inputs: int, neurons: int
     assert torch.equal(liquid.encode(spikes, backend="dense", block=5), oracle)
 
 
+@pytest.mark.parametrize("inputs", [64, 50])
+def test_packed_words_and_threads_change_no_count(inputs: int) -> None:
+    liquid = Liquid.of(breakdown(inputs, 40, 3), decay=0.9, v_th=5.0, const=0.1)
+    spikes = _random_spikes(37, 30, inputs, 0.2, 5)
+    oracle = liquid.encode(spikes, backend="dense")
+    assert int(oracle.sum()) > 0
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(liquid.encode(spikes), oracle)
+            assert torch.equal(liquid.encode_words(pack(spikes)), oracle)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_sums_of_the_largest_weights_do_not_overflow() -> None:
+    # 64 inputs of 63.98 µS (4,095 grid steps) at once: 262,080 steps, eight times what 16 bits hold.
+    pytest.importorskip("numba")
+    w = Weights(torch.full((64, 3), 4095 / 64), torch.zeros(3, 3), torch.ones(64, 3), torch.zeros(3, 3))
+    for threshold, fires in ((4094.9, True), (4095.1, False)):
+        counts = Liquid(w, 0.5, threshold).encode(torch.ones(1, 1, 64), backend="events")
+        assert counts.tolist() == [[int(fires)] * 3]
+
+
 def test_added_rows_are_all_rows_when_everything_spikes() -> None:
     # Every input active and, from step 2 on, every neuron spiking: the event count is the dense one less the silent first step.
     w = Weights(torch.full((6, 4), 8.0), torch.zeros(4, 4), torch.ones(6, 4), torch.zeros(4, 4))

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from papers.lsm.baselines import SRNN, SURROGATE_WIDTH, LinearOutput, Scan, train_classifier
+from papers.lsm.baselines import (
+    SRNN,
+    SURROGATE_WIDTH,
+    LinearOutput,
+    PlainRNN,
+    Scan,
+    Training,
+    classifier,
+    epochs_run,
+    tune,
+)
 from papers.lsm.encoder import Liquid
 from papers.lsm.pairing_jobs import _selected, permutations
 from papers.lsm.readout import logistic, ridge, split_features
@@ -218,6 +228,35 @@ def test_the_scan_has_the_gradients_of_the_step_by_step_loop() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_the_compiled_scan_has_the_spikes_and_gradients_of_the_torch_loop() -> None:
+    pytest.importorskip("numba")
+    g = torch.Generator().manual_seed(1)
+    x = (torch.rand(30, 4, 12, generator=g) < 0.3).to(torch.uint8)
+    w_in, w_rec = 0.2 * torch.randn(12, 20, generator=g), 0.1 * torch.randn(20, 20, generator=g)
+    weight = torch.randn(30, 4, 20, generator=g)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        a, b = (w.to(dtype).requires_grad_() for w in (w_in, w_rec))
+        spikes = Scan.apply(x.to(dtype) @ a, b, 0.9, 0.3)  # float64 is not compiled
+        return [spikes.detach(), *torch.autograd.grad((weight.to(dtype) * spikes).sum(), (a, b))]
+
+    assert 0.05 < float(gradients(torch.float32)[0].mean()) < 0.6
+    for a, b in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+
+
+def test_the_elman_scan_has_the_gradients_of_torchs_rnn() -> None:
+    torch.manual_seed(0)
+    model = PlainRNN(6, 9, 3, steps=11).double()
+    x = torch.randn(5, 14, 6, dtype=torch.float64)
+    weight = torch.randn(5, 3, dtype=torch.float64)
+    ours = torch.autograd.grad((weight * model(x)).sum(), list(model.parameters()))
+    last = model.rnn(x[:, :11])[0][:, -1]
+    theirs = torch.autograd.grad((weight * model.head(last)).sum(), list(model.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_an_untrained_spiking_network_is_the_liquid() -> None:
     body = SRNN(30, 20, decay=0.9, v_th=5.0, const=0.25, seed=3)  # const is a power of two: exact
     x = (torch.rand(4, 25, 30, generator=torch.Generator().manual_seed(1)) < 0.3).to(torch.uint8)
@@ -233,9 +272,41 @@ def test_training_selects_on_validation_and_learns() -> None:
     parts = ((x[:50], y[:50]), (x[50:70], y[50:70]), (x[70:], y[70:]))
     torch.manual_seed(0)
     model = LinearOutput(SRNN(12, 16, decay=0.9, v_th=0.3, const=0.03, seed=0), 3)
-    found = train_classifier(model, parts, epochs=15, batch=16, lr=1e-2, seed=0)
-    assert found["test"] > 0.6
-    assert found["test_selected"] >= found["test"]
+    training = classifier(model, parts, batch=16, lr=1e-2, seed=0)
+    training.run(5)
+    early = training.best["val"]
+    training.run(10)
+    assert training.best["test"] > 0.6
+    assert training.best["val"] >= early
+    assert 1 <= training.best["epoch"] <= 15
+
+
+def test_tuning_goes_on_with_the_learning_rate_that_validation_prefers() -> None:
+    done = []
+
+    def make(rate: float) -> Training:
+        weight = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(weight.weight, 1.0)
+        return Training(
+            weight,
+            4,
+            lambda chosen: weight(torch.ones(len(chosen), 1)).square().mean(),  # pulls the weight to zero
+            lambda: float(1 - weight.weight.detach().abs()),
+            lambda: {"test": 0.0},
+            batch=4,
+            lr=rate,
+            seed=0,
+        )
+
+    rates = [1e-4, 5e-2]
+    found = tune(make, rates, 3, 8, lambda: done.append(1))
+    assert found["lr"] == 5e-2
+    assert found["epoch"] == 8
+    assert found["val"] == pytest.approx(
+        8 * 5e-2, rel=0.1
+    )  # Adam moves by its rate at every step, from where the trial ended
+    assert len(done) == epochs_run(rates, 3, 8) == 2 * 3 + 5
+    assert epochs_run([1.0], 4, 1) == 1
 
 
 # --- jobs ---
@@ -251,7 +322,7 @@ def test_supervised_job_reads_its_data_and_silence_is_chance(tmp_path: Path) -> 
         assert done <= total
 
     made = data_job(seed=0, name="order", size=8, root=None, workdir=tmp_path / "data", progress=quiet)
-    options = {"decay": 0.97, "v_th": 5.3, "neurons": 40, "formed": 0.85, "read_noise": 0.02}
+    options = {"decay": 0.97, "v_th": 5.3, "neurons": 40, "formed": 0.85, "read_noise": 0.02, "recurrent": True}
     sizes = [40, 20, 20]
 
     def run(gain: float) -> dict[str, dict[str, dict[str, float]]]:
