@@ -1,6 +1,6 @@
 """Timings on a CUDA device, written as one JSON file.
 
-``python -m papers.moepp.gpu --out FILE.json [--only check,speedup,peers,backends,cpu] [--budget-s 300]``; ``--smoke`` runs every line
+``python -m papers.moepp.gpu --out FILE.json [--only check,speedup,parts,peers,backends,cpu] [--budget-s 300]``; ``--smoke`` runs every line
 at toy size on a CPU (with TRITON_INTERPRET=1). Routing is exact and synthetic, weights and tokens are random. "Expert time" is what the
 paper times: FFN and zero-computation experts with sort, gather and combine, without the router; both arms run the same kernels, each
 call a CUDA graph. Ratios are paired by round. Needs torch, triton, numpy and scipy; transformers for the peers.
@@ -9,12 +9,10 @@ call a CUDA graph. Ratios are paired by round. Needs torch, triton, numpy and sc
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,87 +21,55 @@ import torch
 from torch import Tensor
 
 from papers.moepp import kernels, paths
-from papers.moepp.layer import MoE, MoEPlusPlus
+from papers.moepp.bench import Bench, graphed, relative
+from papers.moepp.layer import MoEPlusPlus
+from papers.moepp.peers import cpu, peers
 from papers.moepp.shape import SHAPES, TAUS, Shape
 from papers.moepp.synthetic import exact_routing
-from shared.measure import Timings, measure
 
-SECTIONS = ("check", "speedup", "peers", "backends", "cpu")
+SECTIONS = ("check", "speedup", "parts", "peers", "backends", "cpu")
 TOKENS = (256, 1024, 4096, 16_384, 65_536, 131_072)
-PEER_SHAPES = ((768, 2048, 8), (768, 2048, 16), (1536, 4096, 16))
 
 
-class Bench:
-    """One run: device, time limit, results so far."""
+@dataclass(frozen=True)
+class Weights:
+    """Random weights of one layer; the vanilla layer of the same size has the FFN experts alone."""
 
-    def __init__(self, out: Path, budget_s: float, smoke: bool) -> None:
-        self.device, self.smoke, self.out = "cpu" if smoke else "cuda", smoke, out
-        self.dtype = torch.float32 if smoke else torch.bfloat16
-        self.end = time.monotonic() + budget_s
-        self.results: dict[str, Any] = {"environment": environment(self.device)}
-
-    def late(self) -> bool:
-        """Whether the time limit has passed: what is left is left out."""
-        return time.monotonic() > self.end
-
-    def measure(
-        self, functions: Mapping[str, Callable[[], object]], *, graph: bool = True, round_s: float = 0.025
-    ) -> Timings:
-        calls = {name: graphed(call) if graph and not self.smoke else call for name, call in functions.items()}
-        return measure(
-            calls,
-            device=self.device,
-            rounds=6,
-            min_round_s=0.0 if self.smoke else round_s,
-            warmup=1 if self.smoke else 2,
-        )
-
-    def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.results, indent=1) + "\n")
-
-    def tokens(self, count: int) -> int:
-        return 16 if self.smoke else count
+    w_in: Tensor
+    w_out: Tensor
+    w_const: Tensor | None
+    v_const: Tensor | None
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Machine and versions behind the numbers."""
-    import triton
-
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {"gpu": "none"}
-    return {**gpu, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """``call`` captured as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def weights(shape: Shape, bench: Bench) -> Weights:
+    """Weights of a layer of this shape."""
+    torch.manual_seed(0)
+    d, h, e, constants = shape.d_model, shape.d_expert, shape.experts.ffn, shape.experts.constant
+    if bench.smoke:
+        d = h = 32
+    make = partial(torch.randn, device=bench.device, dtype=bench.dtype)
+    pair = (make(constants, 2, d) / d**0.5, make(constants, d)) if constants else (None, None)
+    return Weights(make(e, 2 * h, d) / d**0.5, make(e, d, h) / h**0.5, *pair)
 
 
 def expert_call(
-    shape: Shape, tau: float | None, tokens: int, bench: Bench, how: kernels.Plan | None = None
+    shape: Shape,
+    tau: float | None,
+    tokens: int,
+    bench: Bench,
+    how: kernels.Plan | None = None,
+    held: Weights | None = None,
 ) -> Callable[[], Tensor]:
     """The experts of one layer on ``tokens`` random tokens with exact routing; ``tau`` None is the vanilla layer."""
     s = shape.vanilla() if tau is None else shape
-    torch.manual_seed(0)
-    d, h, e = (32, 32, s.experts.ffn) if bench.smoke else (s.d_model, s.d_expert, s.experts.ffn)
-    make = partial(torch.randn, device=bench.device, dtype=bench.dtype)
-    x, w_in, w_out = make(tokens, d), make(e, 2 * h, d) / d**0.5, make(e, d, h) / h**0.5
-    constants = s.experts.constant
-    pair = (make(constants, 2, d) / d**0.5, make(constants, d)) if constants else (None, None)
+    held = held or weights(shape, bench)
+    torch.manual_seed(1)
+    x = torch.randn(tokens, held.w_out.shape[1], device=bench.device, dtype=bench.dtype)
     ids = exact_routing(tokens, s.k, s.experts, 1.0 if tau is None else tau).int().to(bench.device)
     gates = torch.rand(tokens, s.k, device=bench.device)
-    w_const, v_const = pair
+    pair = (None, None) if tau is None else (held.w_const, held.v_const)
     share = 1.0 if tau is None else s.rho(tau)
-    return partial(kernels.forward, x, ids, gates, w_in, w_out, w_const, v_const, s.experts.copy, share, how=how)
+    return partial(kernels.forward, x, ids, gates, held.w_in, held.w_out, *pair, s.experts.copy, share, how=how)
 
 
 def speedup(
@@ -115,13 +81,17 @@ def speedup(
     """Expert time of MoE++ at every tau against the vanilla layer, and against the bound 1/rho."""
     table: list[dict[str, Any]] = []
     bench.results["speedup"] = table
-    for count in sorted(tokens, reverse=True):
-        for name in names:
+    for name in names:
+        s = SHAPES[name]
+        held = weights(s, bench)
+        for count in sorted(tokens, reverse=True):
             if bench.late():
                 return
-            s, t = SHAPES[name], bench.tokens(count)
-            calls: dict[str, Callable[[], object]] = {"vanilla": expert_call(s, None, t, bench)}
-            calls |= {str(tau): expert_call(s, tau, t, bench) for tau in (taus if not bench.smoke else (0.25,))}
+            t = bench.tokens(count)
+            calls: dict[str, Callable[[], object]] = {"vanilla": expert_call(s, None, t, bench, held=held)}
+            calls |= {
+                str(tau): expert_call(s, tau, t, bench, held=held) for tau in (taus if not bench.smoke else (0.25,))
+            }
             timings = bench.measure(calls)
             for key, timing in timings.by_name.items():
                 tau = None if key in ("vanilla", "None") else float(key)
@@ -134,70 +104,6 @@ def speedup(
                      "bound": 1 / rho, "of_bound": ratio.median * rho}
                 )  # fmt: skip
             bench.save()
-
-
-def peers(bench: Bench) -> None:
-    """The whole vanilla layer, router included and launched eagerly, against transformers' Mixtral block and bare dense products."""
-    table: list[dict[str, Any]] = []
-    bench.results["peers"] = table
-    for tokens in (32_768, 4096):
-        for d, h, e in PEER_SHAPES:
-            if bench.late():
-                return
-            t = bench.tokens(tokens)
-            width, inner = (32, 32) if bench.smoke else (d, h)
-            x = torch.randn(1, t, width, device=bench.device, dtype=bench.dtype)
-            calls, differences = peer_calls(x, width, inner, e, bench.device, bench.dtype)
-            calls["dense products"] = dense_call(x.expand(2, -1, -1).reshape(2 * t, width), inner)
-            timings = bench.measure(calls, graph=False)
-            for name, timing in timings.by_name.items():
-                ratio = timings.ratio(name, "ours")
-                table.append(
-                    {"d": d, "h": h, "experts": e, "tokens": tokens, "name": name, "median_s": timing.median_s, "q1_s": timing.q1_s,
-                     "q3_s": timing.q3_s, "over_ours": [ratio.median, ratio.low, ratio.high], "difference": differences.get(name)}
-                )  # fmt: skip
-            bench.save()
-
-
-def dense_call(rows: Tensor, inner: int) -> Callable[[], object]:
-    """The two products of a layer as dense ones: what no grouping can beat by much."""
-    w1, w2 = rows.new_empty(rows.shape[1], 2 * inner).normal_(), rows.new_empty(inner, rows.shape[1]).normal_()
-    hidden = rows.new_empty(rows.shape[0], inner).normal_()
-
-    def run() -> object:
-        return rows @ w1, hidden @ w2
-
-    return run
-
-
-def peer_calls(
-    x: Tensor, d: int, h: int, e: int, device: str, dtype: torch.dtype
-) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Our vanilla layer and transformers' Mixtral block on the same weights, and how far their outputs differ (relative norm)."""
-    torch.manual_seed(0)
-    ours = MoE(d, h, e, gating="mixtral").to(device, dtype)
-    ours.router.weight.data = ours.router.weight.data.float()
-    calls: dict[str, Callable[[], object]] = {"ours": lambda: ours(x).y}
-    differences: dict[str, float] = {}
-    try:
-        from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError:
-        return calls, differences
-    want = ours(x).y.float()
-    for way in ("eager", "grouped_mm"):  # the block's own loop, and torch's grouped product
-        config = MixtralConfig(hidden_size=d, intermediate_size=h, num_local_experts=e, num_experts_per_tok=2)
-        config._experts_implementation = way
-        block = MixtralSparseMoeBlock(config).to(device, dtype).eval()
-        with torch.no_grad():
-            block.experts.gate_up_proj.copy_(ours.w_in)
-            block.experts.down_proj.copy_(ours.w_out)
-            block.gate.weight.copy_(ours.router.weight)
-        calls[f"transformers {way}"] = partial(block, x)
-        got = block(x)
-        got = (got[0] if isinstance(got, tuple) else got).float().view_as(want)
-        differences[f"transformers {way}"] = float((got - want).norm() / want.norm())
-    return calls, differences
 
 
 def backends(bench: Bench) -> None:
@@ -219,22 +125,34 @@ def backends(bench: Bench) -> None:
             bench.save()
 
 
-def cpu(bench: Bench) -> None:
-    """One CPU thread, fp32: the whole vanilla layer against transformers' block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def parts(bench: Bench) -> None:
+    """Where a layer's time goes: sort, the two products and the combine, each alone."""
     table: list[dict[str, Any]] = []
-    bench.results["cpu"] = table
-    for d, h, e, tokens in ((64, 128, 16, 2048), (64, 128, 16, 256), (256, 512, 16, 1024)):
-        x = torch.randn(1, bench.tokens(tokens), d)
-        calls, differences = peer_calls(x, d, h, e, "cpu", torch.float32)
-        timings = measure(calls, rounds=9, min_round_s=0.0 if bench.smoke else 0.05, warmup=2)
-        for name, timing in timings.by_name.items():
-            ratio = timings.ratio(name, "ours")
-            table.append({"d": d, "h": h, "experts": e, "tokens": tokens, "name": name, "median_s": timing.median_s, "cpu": timings.device,
-                          "over_ours": [ratio.median, ratio.low, ratio.high], "difference": differences.get(name)})  # fmt: skip
-    torch.set_num_threads(before)
-    bench.save()
+    bench.results["parts"] = table
+    for name, tau in (("7B", None), ("7B", 0.1), ("1B", None), ("1B", 0.1)):
+        if bench.late():
+            return
+        s, t = SHAPES[name], bench.tokens(65_536)
+        held = weights(s, bench)
+        x, ids, gates, w_in, w_out, w_const, v_const, copies, share = expert_call(s, tau, t, bench, held=held).args  # type: ignore[attr-defined]
+        how = kernels.plan(t, s.k, s.experts.ffn, x.shape[1], w_out.shape[2], bench.dtype, share)
+        place = kernels.sort_assignments(ids, s.experts.ffn, how.first.bm)
+        hidden = kernels.gemm(x, w_in, place, how.first, gated=True)
+        rows = kernels.gemm(hidden, w_out, place, how.second, gated=False)
+        timings = bench.measure(
+            {
+                "sort": partial(kernels.sort_assignments, ids, s.experts.ffn, how.first.bm),
+                "first product": partial(kernels.gemm, x, w_in, place, how.first, gated=True),
+                "second product": partial(kernels.gemm, hidden, w_out, place, how.second, gated=False),
+                "combine": partial(
+                    kernels.combine, rows, place, ids, gates, x, s.experts.ffn, w_const, v_const, copies
+                ),
+            }
+        )
+        for part, timing in timings.by_name.items():
+            table.append({"model": name, "tau": tau, "part": part, "median_s": timing.median_s, "q1_s": timing.q1_s, "q3_s": timing.q3_s,
+                          "filled_rows": int((ids < s.experts.ffn).sum()), "tile_rows": int(place.tile_count) * how.first.bm})  # fmt: skip
+        bench.save()
 
 
 def check(bench: Bench) -> None:
@@ -292,11 +210,6 @@ def _cuda_checks(layer: MoEPlusPlus, x: Tensor, want: Tensor, *, compiles: bool)
     return row
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """Relative distance in norm."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The entry point; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -312,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     sections: dict[str, Callable[[Bench], None]] = {
         "check": check,
         "speedup": some,
+        "parts": parts,
         "peers": peers,
         "backends": backends,
         "cpu": cpu,

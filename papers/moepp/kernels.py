@@ -37,7 +37,17 @@ class Gemm:
     group: int = 8
     joint: bool = False  # gate and up projection in one product
     flatten: bool = False
+    halves: bool = False  # a tile that is at most half full costs half
     per_sm: int = 1  # programs on each multiprocessor
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Tokens, columns and warps of a program that combines."""
+
+    tokens: int
+    columns: int
+    warps: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Plan:
     backend: Literal["fused", "grouped_mm"]
     first: Gemm
     second: Gemm
+    mix: Mix | None = None  # None: by shape
 
     def __post_init__(self) -> None:
         if self.first.bm != self.second.bm:
@@ -131,13 +142,14 @@ def gemm(a: Tensor, w: Tensor, place: Sorted, how: Gemm, *, gated: bool) -> Tens
         weights = TensorDescriptor.from_tensor(w.view(experts * 2, h, depth), [2, how.bn, how.bk])
     else:
         weights = TensorDescriptor.from_tensor(w.view(experts * height, depth), [how.bn, how.bk])
-    source = a if gated else TensorDescriptor.from_tensor(a, [how.bm, how.bk])
+    half = how.bm // 2 if how.halves else how.bm
+    source, source_half = (a, a) if gated else (TensorDescriptor.from_tensor(a, [bm, how.bk]) for bm in (how.bm, half))
     target = TensorDescriptor.from_tensor(out, [how.bm, how.bn])
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 or a.dtype != torch.float32 else "ieee"
     programs = min(place.tiles * -(-h // how.bn), _multiprocessors(a.device) * how.per_sm)
     tk.expert_gemm[(programs,)](
-        source, weights, target, place.token_of_row, place.tile_expert, place.tile_end, place.tile_count, D=depth, H=h, BM=how.bm,
-        BN=how.bn, BK=how.bk, GROUP=how.group, GATED=gated, JOINT=joint, FLATTEN=how.flatten,
+        source, source_half, weights, target, out, place.token_of_row, place.tile_expert, place.tile_end, place.tile_count, D=depth, H=h,
+        BM=how.bm, BN=how.bn, BK=how.bk, GROUP=how.group, GATED=gated, JOINT=joint, FLATTEN=how.flatten, HALVES=how.halves,
         DTYPE=_TYPES[a.dtype], PRECISION=precision, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return out
@@ -145,17 +157,17 @@ def gemm(a: Tensor, w: Tensor, place: Sorted, how: Gemm, *, gated: bool) -> Tens
 
 def combine(
     rows: Tensor, place: Sorted, ids: Tensor, gates: Tensor, x: Tensor, experts: int, w_const: Tensor | None, v_const: Tensor | None,
-    copies: int,
+    copies: int, mix: Mix | None = None,
 ) -> Tensor:  # fmt: skip
     """Output [T, d] from the experts' rows and the zero-computation experts, one pass."""
     tokens, d = x.shape
     y = torch.empty_like(x)
     constants = 0 if v_const is None else v_const.shape[0]
-    block = 4 if tokens > 2048 else 1
-    tk.combine[(-(-tokens // block),)](
+    mix = mix or Mix(4 if tokens > 2048 else 1, _chunk(d), 4)
+    tk.combine[(-(-tokens // mix.tokens),)](
         rows, place.position, ids, gates, x, x if w_const is None else w_const, x if v_const is None else v_const, y, tokens, D=d,
-        E=experts, CONST=constants, COPY=copies, K=ids.shape[1], K_PAD=_power_of_two(ids.shape[1]), BT=block, BD=_chunk(d),
-        num_warps=4,
+        E=experts, CONST=constants, COPY=copies, K=ids.shape[1], K_PAD=_power_of_two(ids.shape[1]),
+        BT=mix.tokens, BD=mix.columns, num_warps=mix.warps,
     )  # fmt: skip
     return y
 
@@ -188,14 +200,19 @@ def fits(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
 
 
 def plan(tokens: int, k: int, experts: int, d: int, h: int, dtype: torch.dtype, share: float = 1.0) -> Plan:
-    """The way for a layer of this shape; ``share`` of the assignments is expected at FFN experts. Small tiles where each gets few rows."""
+    """The way for a layer of this shape; ``share`` of the assignments is expected at FFN experts.
+
+    Small tiles where each expert gets few rows; half tiles where the last of its tiles counts.
+    """
+    rows = share * tokens * k / experts
     if dtype == torch.float32:
         return Plan("fused", Gemm(64, 32, 32, 8, 2), Gemm(64, 64, 32, 8, 2))
-    if share * tokens * k < 192 * experts:
+    if rows < 192:
         first = Gemm(64, 64, 64, 4, 3, joint=True, per_sm=2)
         return Plan("fused", first, Gemm(64, 64, 64, 4, 4, per_sm=2))
-    first, second = Gemm(128, 128, 64, 8, 3, joint=True), Gemm(128, 256, 64, 8, 3, flatten=True)
-    return Plan("fused", first, second)
+    halves = rows < 4096  # fewer than 32 tiles
+    first = Gemm(128, 128, 64, 8, 3, joint=True, halves=halves)
+    return Plan("fused", first, Gemm(128, 256, 64, 8, 3, flatten=not halves, halves=halves))
 
 
 def forward(
@@ -216,7 +233,7 @@ def forward(
     experts, h = w_in.shape[0], w_out.shape[2]
     how = how or plan(x.shape[0], ids.shape[1], experts, x.shape[1], h, x.dtype, share)
     place = sort_assignments(ids, experts, 1 if how.backend == "grouped_mm" else how.first.bm)
-    return combine(_rows(x, w_in, w_out, place, how), place, ids, gates, x, experts, w_const, v_const, copies)
+    return combine(_rows(x, w_in, w_out, place, how), place, ids, gates, x, experts, w_const, v_const, copies, how.mix)
 
 
 def _rows(x: Tensor, w_in: Tensor, w_out: Tensor, place: Sorted, how: Plan) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from papers.moepp import paths
+from papers.moepp import cpu, paths
 from papers.moepp.paths import PATHS, Path
 from papers.moepp.routing import (
     DropOrder,
@@ -127,7 +127,8 @@ class MoEPlusPlus(nn.Module):
                 slots = self._limits(x.shape[0])[0]
                 y = paths.capacity(x, ids, gates, w_in, w_out, slots)
             else:
-                run = {"loop": paths.loop, "sorted": paths.sorted_loop, "grouped": paths.grouped}[path]
+                quick = cpu.forward if cpu.usable(x) else paths.sorted_loop
+                run = {"loop": paths.loop, "sorted": quick, "grouped": paths.grouped}[path]
                 y = run(x, ids, gates, w_in, w_out)
             return y + dense_mix(x, ids, gates, self.experts, *pair) if self.experts.zero_computation else y
 

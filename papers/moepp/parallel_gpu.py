@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from papers.moepp.gpu import environment
+from papers.moepp.bench import environment
 from papers.moepp.layer import MoE, MoEPlusPlus
 from papers.moepp.parallel import ExpertParallel
 from papers.moepp.routing import Experts

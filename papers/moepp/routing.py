@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from papers.moepp import cpu
 from shared.errors import UserError, unknown
 
 Gating: TypeAlias = Literal["paper", "repo", "mixtral"]
@@ -110,10 +111,12 @@ def select(logits: Tensor, k: int, experts: Experts, gating: Gating = "paper") -
         raise unknown("gating", gating, GATINGS)
     if gating == "repo" and experts.zero >= k:
         raise UserError(f"gating 'repo' divides 0 by 0 when all {k} picks are zero experts: use fewer zero experts")
+    quick = cpu.usable(logits)
     if gating == "mixtral":
-        chosen, ids = torch.topk(logits, k, dim=-1)
-        return Routing(logits, torch.softmax(chosen, -1), ids)
-    gates, ids = torch.topk(torch.softmax(logits, -1), k, dim=-1)
+        chosen, ids = cpu.top(logits, k) if quick else torch.topk(logits, k, dim=-1)
+        return Routing(logits, cpu.softmax_of_few(chosen) if quick else torch.softmax(chosen, -1), ids)
+    probabilities = torch.softmax(logits, -1)
+    gates, ids = cpu.top(probabilities, k) if quick else torch.topk(probabilities, k, dim=-1)
     if gating == "repo":
         gates = torch.where(ids >= experts.total - experts.zero, torch.zeros_like(gates), gates)
         gates = gates / gates.sum(-1, keepdim=True)

@@ -128,60 +128,93 @@ def _tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _product(
+    a, w, out, token_of_row, m, n, expert, end, D: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GATED: tl.constexpr, JOINT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first ROWS rows of tile m, columns of tile n; see :func:`expert_gemm`."""
+    if GATED:
+        row = m * BM + tl.arange(0, ROWS)
+        inside = row < end  # rows that pad a tile are not read: all would hit one cache line
+        token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
+        source = a + token[:, None] * D + tl.arange(0, BK)[None, :]
+    gate = tl.zeros([ROWS, 2 * BN if JOINT else BN], tl.float32)
+    up = tl.zeros([ROWS, BN], tl.float32)
+    for k in range(0, D, BK):
+        if GATED:
+            keep = inside[:, None]
+            if D % BK != 0:
+                keep = keep & (k + tl.arange(0, BK) < D)[None, :]
+            rows = tl.load(source + k, mask=keep, other=0.0)
+        else:
+            rows = a.load([m * BM, k])
+        if JOINT:
+            both = w.load([expert * 2, n * BN, k]).reshape(2 * BN, BK)
+            gate = tl.dot(rows, both.T, gate, input_precision=PRECISION)
+        elif GATED:
+            gate = tl.dot(rows, w.load([expert * 2 * H + n * BN, k]).T, gate, input_precision=PRECISION)
+            up = tl.dot(rows, w.load([expert * 2 * H + H + n * BN, k]).T, up, input_precision=PRECISION)
+        else:
+            gate = tl.dot(rows, w.load([expert * H + n * BN, k]).T, gate, input_precision=PRECISION)
+    if JOINT:
+        gate, up = gate.reshape(ROWS, 2, BN).permute(0, 2, 1).split()
+    if GATED:
+        gate = gate / (1.0 + tl.exp(-gate)) * up
+    if ROWS == BM:
+        out.store([m * BM, n * BN], gate.to(DTYPE))
+    else:  # a second descriptor would take shared memory for good
+        column = n * BN + tl.arange(0, BN)
+        target = out + (m * BM + tl.arange(0, ROWS)).to(tl.int64)[:, None] * H + column[None, :]
+        tl.store(target, gate.to(DTYPE), mask=(column < H)[None, :])
+
+
+@triton.jit
 def expert_gemm(
-    a, w, out, token_of_row, tile_expert, tile_end, tile_count, D: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, JOINT: tl.constexpr, FLATTEN: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    a, a_half, w, out, out_rows, token_of_row, tile_expert, tile_end, tile_count, D: tl.constexpr, H: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, JOINT: tl.constexpr, FLATTEN: tl.constexpr,
+    HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One grouped product, persistent over tiles: out = silu(A·Wg)·(A·Wu) if GATED, else A·W; depth D, H columns.
 
     A is a descriptor of sorted rows, or if GATED a pointer to tokens, which are picked by row. w describes [E·H or E·2H, D]
-    (the gate's H rows of an expert come before the up-projection's), with JOINT [E·2, H, D], one product for both.
+    (the gate's H rows of an expert come before the up-projection's), with JOINT [E·2, H, D], one product for both. With HALVES a
+    tile that is at most half full, as an expert's last one is half the time, costs half; a_half describes its
+    rows, out_rows points to the output.
     """
     tiles_m = tl.load(tile_count)
     tiles_n: tl.constexpr = (H + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         m, n = _tile(tile, tiles_m, tiles_n, GROUP)
         expert = tl.load(tile_expert + m)
-        if GATED:
-            row = m * BM + tl.arange(0, BM)
-            inside = row < tl.load(tile_end + m)  # rows that pad a tile are not read: all would hit one cache line
-            token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
-            source = a + token[:, None] * D + tl.arange(0, BK)[None, :]
-        gate = tl.zeros([BM, 2 * BN if JOINT else BN], tl.float32)
-        up = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, D, BK):
-            if GATED:
-                keep = inside[:, None]
-                if D % BK != 0:
-                    keep = keep & (k + tl.arange(0, BK) < D)[None, :]
-                rows = tl.load(source + k, mask=keep, other=0.0)
+        end = tl.load(tile_end + m)
+        if HALVES:
+            if end - m * BM <= BM // 2:
+                _product(
+                    a_half,
+                    w,
+                    out_rows,
+                    token_of_row,
+                    m,
+                    n,
+                    expert,
+                    end,
+                    D,
+                    H,
+                    BM,
+                    BM // 2,
+                    BN,
+                    BK,
+                    GATED,
+                    JOINT,
+                    DTYPE,
+                    PRECISION,
+                )
             else:
-                rows = a.load([m * BM, k])
-            if JOINT:
-                both = w.load([expert * 2, n * BN, k]).reshape(2 * BN, BK)
-                gate = tl.dot(rows, both.T, gate, input_precision=PRECISION)
-            elif GATED:
-                gate = tl.dot(rows, w.load([expert * 2 * H + n * BN, k]).T, gate, input_precision=PRECISION)
-                up = tl.dot(rows, w.load([expert * 2 * H + H + n * BN, k]).T, up, input_precision=PRECISION)
-            else:
-                gate = tl.dot(rows, w.load([expert * H + n * BN, k]).T, gate, input_precision=PRECISION)
-        if JOINT:
-            gate, up = gate.reshape(BM, 2, BN).permute(0, 2, 1).split()
-        if GATED:
-            gate = gate / (1.0 + tl.exp(-gate)) * up
-        out.store([m * BM, n * BN], gate.to(DTYPE))
-
-
-@triton.jit
-def _score(x, base, w_const, which, constant, column, D: tl.constexpr):
-    """(w1 - w2)·x of each token's constant expert over some columns."""
-    here = constant[:, None] & (column < D)[None, :]
-    value = tl.load(x + base + column[None, :], mask=here, other=0.0).to(tl.float32)
-    weight = w_const + which[:, None] * (2 * D) + column[None, :]
-    w1 = tl.load(weight, mask=here, other=0.0).to(tl.float32)
-    w2 = tl.load(weight + D, mask=here, other=0.0).to(tl.float32)
-    return tl.sum(value * (w1 - w2), 1)
+                _product(
+                    a, w, out, token_of_row, m, n, expert, end, D, H, BM, BM, BN, BK, GATED, JOINT, DTYPE, PRECISION
+                )
+        else:
+            _product(a, w, out, token_of_row, m, n, expert, end, D, H, BM, BM, BN, BK, GATED, JOINT, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -209,9 +242,16 @@ def combine(
             share = tl.where((expert >= E + CONST) & (expert < E + CONST + COPY), 1.0, 0.0)
             if CONST > 0:
                 constant = (expert >= E) & (expert < E + CONST)
-                score = tl.zeros([BT], tl.float32)
+                products = tl.zeros([BT, BD], tl.float32)  # summed once, after the last column
                 for first in tl.static_range(0, D, BD):
-                    score += _score(x, base, w_const, expert - E, constant, first + tl.arange(0, BD), D)
+                    column = first + tl.arange(0, BD)
+                    here = constant[:, None] & (column < D)[None, :]
+                    value = tl.load(x + base + column[None, :], mask=here, other=0.0).to(tl.float32)
+                    weight = w_const + (expert - E)[:, None] * (2 * D) + column[None, :]
+                    w1 = tl.load(weight, mask=here, other=0.0).to(tl.float32)
+                    w2 = tl.load(weight + D, mask=here, other=0.0).to(tl.float32)
+                    products += value * (w1 - w2)
+                score = tl.sum(products, 1)
                 share += tl.where(constant, tl.sigmoid(score), 0.0)
                 on_v = tl.where((pick == k) & constant[:, None], (gate * tl.sigmoid(-score))[:, None], on_v)
             on_x += gate * share

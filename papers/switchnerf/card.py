@@ -35,8 +35,10 @@ def gpu_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown table of rays per second by machine, and how many times Switch-NeRF's: its fastest form without and with background."""
     lines = ["| | rays/s | of Switch-NeRF | of it with background | memory above its states |", "|:--|--:|--:|--:|--:|"]
     for result in results.values():
-        lines.append(f"| **{result['environment']['gpu']}** | | | | |")
-        for phase, title in PHASES.items():
+        phases = {phase: title for phase, title in PHASES.items() if phase in result}
+        if phases:
+            lines.append(f"| **{result['environment']['gpu']}** | | | | |")
+        for phase, title in phases.items():
             lines.append(f"| *{title}* | | | | |")
             lines += _rows(result[phase])
     return "\n".join(lines)

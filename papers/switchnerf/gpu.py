@@ -24,10 +24,10 @@ from papers.switchnerf.gpu_bench import (
     Bench,
     Call,
     Training,
+    gpu_settings,
     rays_per_s,
     seconds,
     speedups,
-    tensor_float,
     triple,
 )
 from papers.switchnerf.hashgrid import HashEncoding, encode_reference, experts_of
@@ -175,11 +175,12 @@ def render(bench: Bench) -> None:
             "hmohe half tables": lambda: call("hmohe half tables", half_tables(), hash_rays),
             "hmohe plain torch": lambda: call("hmohe plain torch", bench.hmohe(backend="reference"), some),
         }
-    forms |= {
-        "switch captured": lambda: bench.captured(call("switch captured", compiled, near)),
-        "hmohe captured": lambda: bench.captured(call("hmohe captured", ours, hash_rays)),
+    calls = bench.ready("render", forms)
+    captured = {
+        "switch captured": call("switch captured", compiled, near),
+        "hmohe captured": call("hmohe captured", ours, hash_rays),
     }
-    timings = bench.measure(bench.ready(forms, "render"), rounds=11, warmup=2)
+    timings, _ = bench.with_captured("render", calls, captured, rounds=10)
     speed = rays_per_s(timings, rays)
     bench.results["render"] = {
         "rays_per_s": speed, "seconds": seconds(timings), "speedups": speedups(timings, rays),
@@ -231,11 +232,10 @@ def train(bench: Bench) -> None:
             "hmohe proposals fixed": lambda: training_step(bench, bench.hmohe(), rays, total, update_proposals=False),
             "hmohe plain torch": lambda: training_step(bench, bench.hmohe(backend="reference"), rays, total // 8),
         }
-    eager = [*forms]
-    forms |= {"switch captured": lambda: bench.captured(compiled), "hmohe captured": lambda: bench.captured(ours)}
-    calls = bench.ready(forms, "train")
-    timings = bench.measure(calls, rounds=8, warmup=1)
-    count = dict.fromkeys(calls, total)
+    calls = bench.ready("train", forms)
+    captured = {"switch captured": compiled, "hmohe captured": ours}
+    timings, timed = bench.with_captured("train", calls, captured, rounds=8)
+    count = dict.fromkeys(timed, total)
     result: dict[str, Any] = {
         "rays_per_s": rays_per_s(timings, count),
         "seconds": seconds(timings),
@@ -245,7 +245,7 @@ def train(bench: Bench) -> None:
     if not bench.smoke and not bench.claims_only:
         from shared.measure import peak_allocated_bytes
 
-        result["peak_bytes_above_states"] = {name: peak_allocated_bytes(calls[name]) for name in eager if name in calls}
+        result["peak_bytes_above_states"] = {name: peak_allocated_bytes(call) for name, call in calls.items()}
     bench.results["train"] = result
 
 
@@ -310,7 +310,7 @@ def main() -> None:
     for name in options.only.split(","):
         started = time.monotonic()
         try:
-            with tensor_float():
+            with gpu_settings():
                 sections[name](bench)
         except Exception:
             traceback.print_exc()

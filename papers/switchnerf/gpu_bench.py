@@ -6,7 +6,7 @@ import json
 import platform
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,38 +58,59 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def measure(self, functions: Mapping[str, Callable[[], object]], rounds: int = 10, warmup: int = 3) -> Timings:
+    def measure(self, functions: Mapping[str, Call], rounds: int = 10, warmup: int = 3) -> Timings:
         """Alternating timings, devices synchronised by events."""
         if self.smoke:
             return measure(functions, rounds=6, min_round_s=0.0, warmup=1)
         return measure(functions, device=self.device, rounds=rounds, min_round_s=0.02, warmup=warmup)
 
-    def ready(self, forms: Mapping[str, Callable[[], Call]], section: str) -> dict[str, Call]:
+    def ready(self, section: str, forms: Mapping[str, Callable[[], Call]]) -> dict[str, Call]:
         """Build and run every form once, which compiles it. One that fails is printed, listed under ``failed`` and left out."""
         calls: dict[str, Call] = {}
         for name, build in forms.items():
-            try:
+            with self.listing(f"{section}: {name}"):
                 call = build()
                 call()
                 calls[name] = call
-            except Exception as error:
-                traceback.print_exc()
-                self.results.setdefault("failed", {})[f"{section}: {name}"] = type(error).__name__
         return calls
+
+    def with_captured(
+        self, section: str, calls: dict[str, Call], captured: Mapping[str, Call], rounds: int
+    ) -> tuple[Timings, dict[str, Call]]:
+        """Timings of ``calls``, measured again together with the CUDA graphs of ``captured``; without them where that fails."""
+        timings, both = self.measure(calls, rounds=rounds, warmup=1), dict(calls)
+        for name, call in captured.items():
+            with self.listing(f"{section}: {name}"):
+                both[name] = self.captured(call)
+        if len(both) > len(calls):
+            with self.listing(f"{section}: with CUDA graphs"):
+                return self.measure(both, rounds=rounds, warmup=1), both
+        return timings, calls
+
+    @contextmanager
+    def listing(self, what: str) -> Iterator[None]:
+        """An error inside is printed and listed under ``failed``, and does not go on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.results.setdefault("failed", {})[what] = type(error).__name__
 
     def captured(self, call: Call) -> Call:
         """The same call as one CUDA graph: nothing waits for Python. All its shapes must be static; without CUDA the call itself."""
         if self.smoke:
             return call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        for _ in range(3):
             call()
+        graph = torch.cuda.CUDAGraph()
+        # Autograd adds gradients up on the stream that first saw a parameter: the one that everything here runs on, see gpu_settings.
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                call()
+        except Exception:  # the random generator still believes in the capture
+            fresh = torch.Generator(self.device).graphsafe_get_state()
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+            raise
         return graph.replay
 
     def rays(self, count: int, seed: int = 0, far: float | None = None) -> Rays:
@@ -152,12 +173,16 @@ class Bench:
 
 
 @contextmanager
-def tensor_float() -> Iterator[None]:
-    """TF32 for float32 products, the default of PyTorch 1.10, on which Switch-NeRF's public code runs; for both networks."""
+def gpu_settings() -> Iterator[None]:
+    """What all timings run under: TF32 for float32 products and, on a GPU, a stream of their own, which CUDA graphs need.
+
+    TF32 is the default of PyTorch 1.10, on which Switch-NeRF's public code runs; both networks have it.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        yield
+        with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

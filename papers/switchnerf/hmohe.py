@@ -59,7 +59,6 @@ CONFIG_S = HMoHEConfig(
     direction_frequencies=2, density="softplus",
 )  # fmt: skip
 PROPOSALS = (GridSpec(5, 16, 128, 17), GridSpec(5, 16, 256, 17))  # nerfacto's two proposal grids
-SOFTPLUS_SCALE = 50.0  # density of config S is 50·softplus(s - 1): opaque within a few hundredths of the unit square
 
 
 def bias_free_mlp(widths: list[int]) -> nn.Sequential:
@@ -162,7 +161,7 @@ class HMoHE(nn.Module):
         return FieldOutput(density, self._colour(y, direction, image), balance, expert, kept)
 
     def _density(self, raw: Tensor) -> Tensor:
-        return truncated_exp(raw) if self.config.density == "exp" else SOFTPLUS_SCALE * F.softplus(raw - 1.0)
+        return truncated_exp(raw) if self.config.density == "exp" else F.softplus(raw - 1.0)
 
     def _colour(self, y: Tensor, direction: Tensor, image: Tensor | None) -> Tensor:
         config = self.config

@@ -30,7 +30,8 @@ from shared.training import fit
 LR_DECAY = 0.1  # over a run, exponentially
 CHECKPOINT = "renderer.pt"
 PROPOSAL_S = GridSpec(4, 8, 64, 12)
-CENTRE, HALF = (0.5, 0.5, 0.05), (0.5, 0.5, 0.1)  # box of the small city; outside it space is contracted
+CENTRE, HALF = (0.5, 0.5, 0.05), (0.5, 0.5, 0.5)  # of the small city's box, a cube so that voxels are
+UNIT = 0.02  # densities count in it, of all fields and proposals: opaque within a few hundredths of the unit square
 
 Progress = Callable[[int, int], None]
 
@@ -144,7 +145,7 @@ def renderer_of(arm: str, sampling: ProposalSampling) -> HMoHERenderer:
 
 def sampling_of(proposal_samples: int, samples: int) -> ProposalSampling:
     """Tier 1's sampler: one proposal round, linear between the altitude planes."""
-    return ProposalSampling((proposal_samples,), samples, spacing="linear", anneal_steps=200)
+    return ProposalSampling((proposal_samples,), samples, spacing="linear", unit=UNIT, anneal_steps=200)
 
 
 def fit_images(

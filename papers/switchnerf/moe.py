@@ -151,15 +151,14 @@ class ExpertMLP(nn.Module):
             batched = x.view(len(routed.offsets) - 1, routed.slots, -1)
             return self._run(batched, lambda layer, h: layer(h)).flatten(0, 1)
         if x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
-            return self.grouped(x.to(torch.bfloat16), routed.offsets)
+            return self.grouped(x.to(torch.bfloat16), routed)
         sizes = routed.offsets.diff().tolist()
         parts = [self.one(part, expert) for expert, part in enumerate(x.split(sizes)) if len(part)]
         return torch.cat(parts)
 
-    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """(rows, D) sorted by expert -> (rows, outputs), segments bounded by ``offsets`` (E + 1,) on the device."""
-        expert = torch.bucketize(torch.arange(x.shape[0], device=x.device), offsets[1:], right=True)
-        ends = offsets[1:].to(torch.int32)
+    def grouped(self, x: Tensor, routed: Dispatch) -> Tensor:
+        """(rows, D) sorted by expert -> (rows, outputs) without a capacity; the segments' bounds stay on the device."""
+        expert, ends = routed.expert.index_select(0, routed.source), routed.offsets[1:].to(torch.int32)
         return self._run(x, lambda layer, h: layer.grouped(h, ends, expert))
 
     def one(self, x: Tensor, expert: int) -> Tensor:

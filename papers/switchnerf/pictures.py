@@ -1,6 +1,6 @@
 """Pictures for the report: unseen views beside the truth, the expert map, and a flight as an animated PNG.
 
-``python -m papers.switchnerf.pictures city_hmohe.npz OUT.png`` draws what a training run on the large city kept.
+``python -m papers.switchnerf.pictures city_hmohe.npz MACHINE`` draws what a training run on the large city kept into ``measured/``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def animation(frames: list[Tensor], zoom: int = 1) -> bytes:
 def sheet(file: Path) -> bytes:
     """Unseen views of the large city, rendered above and true below, and beside them the expert map as seen from above."""
     kept = np.load(file)
-    columns = [np.concatenate([kept[f"image{i}"], kept[f"truth{i}"]]) for i in range(3)]
+    numbers = sorted(name.removeprefix("image") for name in kept.files if name.startswith("image"))
+    columns = [np.concatenate([kept[f"image{i}"], kept[f"truth{i}"]]) for i in numbers]
     views = torch.from_numpy(np.concatenate(columns, 1)).float() / 255
     if "experts" not in kept:
         return png(views)
@@ -113,6 +114,16 @@ def sheet(file: Path) -> bytes:
     return png(torch.cat([views, chosen[row][:, row]], 1))
 
 
+def flight(file: Path, frames: int = 8, pixels: int = 144) -> bytes:
+    """The flight over the large city as a small animated PNG."""
+    kept = torch.from_numpy(np.load(file)["flight"]).float() / 255
+    some = kept[torch.linspace(0, len(kept) - 1, min(frames, len(kept))).long()].permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(some, (pixels, pixels), mode="area")
+    return animation(list(small.permute(0, 2, 3, 1)), 2)
+
+
 if __name__ == "__main__":
-    source, target = (Path(argument) for argument in sys.argv[1:])
-    target.write_bytes(sheet(source))
+    source, machine = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(__file__).parent / "measured"
+    (folder / f"city_{machine}.png").write_bytes(sheet(source))
+    (folder / f"flight_{machine}.png").write_bytes(flight(source))

@@ -66,9 +66,9 @@ def gpu_speed(cfg: Any, ctx: Context) -> Iterator[Result]:
     from pathlib import Path
 
     from papers.switchnerf.gpu import encode, render, train
-    from papers.switchnerf.gpu_bench import Bench, tensor_float
+    from papers.switchnerf.gpu_bench import Bench, gpu_settings
 
-    with tempfile.TemporaryDirectory() as folder, tensor_float():
+    with tempfile.TemporaryDirectory() as folder, gpu_settings():
         bench = Bench(Path(folder) / "speed.json", smoke=False, claims_only=True)
         for run in (encode, render, train):
             run(bench)

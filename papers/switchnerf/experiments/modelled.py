@@ -201,7 +201,7 @@ def _measured(h: Any) -> Iterator[Result]:
     encode = [
         {"device": name, "what": row["what"], "points": row["order"], "form": form, "ms": 1e3 * times[0]}
         for name, result in found.items()
-        for row in result["encode"]
+        for row in result.get("encode", [])
         for form, times in row["seconds"].items()
     ]
     title = "Hash encode on a GPU: 2^18 points, 8 experts, 16 levels (ours is the Triton kernel)"
@@ -215,9 +215,10 @@ def _measured(h: Any) -> Iterator[Result]:
     ]  # fmt: skip
     if city:
         yield Table("gpu_city", "Training on a large city (144 lots a district) for a fixed time", city)
-    for path in sorted(asset(__file__, "../measured").glob("city_*.png")):
-        title = "Config A after that training: unseen views, rendered above and true below; right: the expert of every place from above"
-        yield Picture(path.stem, title, path.read_bytes())
+    views = "Config A after that training: unseen views, rendered above and true below; right: the expert of every place from above"
+    for kind, title in (("city", views), ("flight", "A flight over that city (an animated PNG)")):
+        for path in sorted(asset(__file__, "../measured").glob(f"{kind}_*.png")):
+            yield Picture(path.stem, title, path.read_bytes())
 
 
 def _validation(h: Any, name: str, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -227,6 +228,8 @@ def _validation(h: Any, name: str, result: dict[str, Any]) -> Iterator[dict[str,
 
     device = load_device(name)
     for phase, training in (("render", False), ("train", True)):
+        if phase not in result:
+            continue
         measured = result[phase]["rays_per_s"]
         bare, full = (1 / between(device, h.dtype, h, training, share=share)[0] for share in (0.0, 1.0))
         modelled = {

@@ -16,7 +16,7 @@ SCRIPT = """
 import torch
 torch.set_num_threads(1)
 from papers.moepp import kernels
-from papers.moepp.kernels import Gemm, Plan
+from papers.moepp.kernels import Gemm, Mix, Plan
 from papers.moepp.layer import MoEPlusPlus
 from papers.moepp.routing import Experts, Routing
 from papers.moepp.synthetic import exact_routing
@@ -52,6 +52,8 @@ torch.testing.assert_close(kernels.route(x, w, 2, renormalise=True)[1].sum(1), t
 # Whole layers: gate and up projection apart or joint, and torch's grouped product.
 first = [Gemm(16, 16, 32, 4, 2, joint=joint) for joint in (True, False)]  # 48 columns are no multiple of 32
 plans = [Plan("fused", one, Gemm(16, 32, 16, 4, 2)) for one in first]
+# Last tiles in halves, with and without columns to spare, and a combine that holds a whole token.
+plans += [Plan("fused", Gemm(32, 16, 32, 4, 2, joint=True, halves=True), Gemm(32, 32, 16, 4, 2, halves=True), Mix(2, 64, 4))]
 for tokens, d, h, experts in ((70, 48, 32, Experts(4, 2, 1, 1)), (33, 32, 48, Experts(3)), (40, 64, 32, Experts(5, 1, 2, 1))):
     layer = MoEPlusPlus(d, h, experts.ffn, n_constant=experts.constant, n_copy=experts.copy, n_zero=experts.zero, path="loop")
     x, gates = torch.randn(tokens, d), torch.rand(tokens, 2)
@@ -106,6 +108,20 @@ def test_a_plan_has_one_height_of_tiles() -> None:
 
     with pytest.raises(ValueError, match="same tiles"):
         Plan("fused", Gemm(128, 64, 64, 4, 2), Gemm(64, 64, 64, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share", "height", "halves"),
+    [(65_536, 1.0, 128, False), (65_536, 2 / 7, 128, True), (4096, 1.0, 128, True), (256, 1.0, 64, False)],
+)
+def test_tiles_follow_the_rows_of_an_expert(tokens: int, share: float, height: int, halves: bool) -> None:
+    """16 experts, top-2: 8192, 2341, 512 and 32 rows each."""
+    from papers.moepp.kernels import plan
+
+    how = plan(tokens, 2, 16, 1536, 4096, torch.bfloat16, share)
+    assert (how.first.bm, how.second.bm) == (height, height)
+    assert how.first.halves is halves
+    assert how.second.halves is halves
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

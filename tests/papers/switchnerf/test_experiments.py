@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from papers.switchnerf.experiments.measured import measurements
 from papers.switchnerf.experiments.trained import _least_used
 from papers.switchnerf.gpu import encode, main, render, train
 from papers.switchnerf.gpu_bench import Bench, rays_per_s, speedups
+from papers.switchnerf.pictures import flight, sheet
 from shared.claims import load_claims
 from shared.experiment import Measurement
 from shared.measure import Timing, Timings
@@ -78,6 +81,7 @@ def test_a_form_that_fails_is_named_with_the_claim(tmp_path: Path, monkeypatch: 
     result = _fake_run(tmp_path, monkeypatch)
     found = {m.claim: m for m in measurements(result, "hmohe", "ours") if isinstance(m, Measurement)}
     assert found["gpu_train_speedup"].value == pytest.approx(4.0)  # 2.0 s against 0.5 s
+    assert found["gpu_render_speedup"].value == pytest.approx(8.0)
     assert "failed: train: switch captured, train: hmohe captured" in found["gpu_train_speedup"].note
 
 
@@ -106,4 +110,7 @@ def test_every_section_of_the_gpu_script_runs_on_a_cpu(
     assert set(result["city"]) == {"hmohe", "switch"}
     assert "failed" not in result
     assert all(row["forward_error"] < 1e-5 for row in result["check"])
-    assert (tmp_path / "city_hmohe.npz").exists()
+    with Image.open(BytesIO(sheet(tmp_path / "city_hmohe.npz"))) as picture:
+        assert picture.size == (2 * 32 + 64, 64)  # two columns of two views, and the expert map
+    with Image.open(BytesIO(flight(tmp_path / "city_hmohe.npz", pixels=8))) as picture:
+        assert picture.n_frames == 2  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from papers.switchnerf.hashgrid import GridSpec
 from papers.switchnerf.hmohe import CONFIG_S, HMoHE, HMoHEConfig, Proposal, homogeneous
@@ -19,7 +20,7 @@ from papers.switchnerf.render import (
     SwitchSampling,
     anneal_exponent,
 )
-from papers.switchnerf.switch import NeRFMLP, SwitchConfig, SwitchNeRF, background
+from papers.switchnerf.switch import FieldOutput, NeRFMLP, SwitchConfig, SwitchNeRF, background
 
 SMALL = SwitchConfig(4, 16, 4, 1, 4, 2, 8, 0, chunk=64, density_noise=0.0)
 
@@ -46,7 +47,7 @@ def test_one_expert_is_the_plain_hash_field_bit_for_bit() -> None:
     h = field.encoding(x)  # type: ignore[operator]
     first, second = field.experts.layers  # type: ignore[union-attr, misc]
     y = F.linear(torch.relu(F.linear(h, first.weight[0].t())), second.weight[0].t())
-    assert torch.equal(out.density, 50 * F.softplus(y[:, 0] - 1))
+    assert torch.equal(out.density, F.softplus(y[:, 0] - 1))
     assert torch.equal(field(x, d).density, field.eval()(x, d).density)
     assert out.balance.item() == 0.0
 
@@ -76,7 +77,7 @@ def test_evaluation_equals_every_expert_on_every_point_and_a_mask() -> None:
         first, second = field.experts.layers  # type: ignore[union-attr, misc]
         y = torch.relu(h @ first.weight[e]) @ second.weight[e]
         want = torch.where((chosen == e)[:, None], value[:, None] * y, want)
-    torch.testing.assert_close(got.density, 50 * F.softplus(want[:, 0] - 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.density, F.softplus(want[:, 0] - 1), rtol=1e-4, atol=1e-6)
     assert torch.equal(got.expert, chosen)
     assert got.kept.all()
 
@@ -119,6 +120,27 @@ def test_switch_nerf_routes_by_chunk_with_a_capacity_each() -> None:
         for e in range(4):
             assert int((out.expert[part] == e)[out.kept[part]].sum()) <= slots
     assert field.eval()(x, d).kept.all()
+
+
+def test_a_chunk_of_switch_nerf_compiles_into_one_graph() -> None:
+    torch.manual_seed(0)
+    net = SwitchNeRF(SwitchConfig(4, 16, 4, 1, chunk=128, images=5, density_noise=0.0)).train()
+    x, d = torch.randn(256, 3), F.normalize(torch.randn(256, 3), dim=-1)
+    image = torch.arange(256) % 5
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = net(x, d, image)
+        loss = out.colour.square().sum() + out.density.sum() + out.balance
+        return out.colour.detach(), list(torch.autograd.grad(loss, list(net.parameters())))
+
+    want, gradients = run()
+    counter = CompileCounterWithBackend("aot_eager")
+    net.points = torch.compile(net.points, dynamic=False, fullgraph=True, backend=counter)  # type: ignore[method-assign]
+    got, ours = run()
+    assert counter.frame_count == 1  # both chunks run the same graph
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_gate_of_switch_nerf_learns_from_the_image_alone() -> None:
@@ -216,3 +238,25 @@ def test_annealing_starts_uniform_and_ends_at_one() -> None:
 
 def test_background_network_shares_the_embedding_size() -> None:
     assert background(SwitchConfig(images=7)).head.appearance.num_embeddings == 7  # type: ignore[union-attr]
+
+
+def test_density_counts_in_the_samplers_unit() -> None:
+    class Constant(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *_: Any) -> Any:
+            if not _:  # as a proposal
+                return torch.full((len(x),), 3.0)
+            none = torch.zeros(len(x), dtype=torch.int64)
+            return FieldOutput(torch.full((len(x),), 3.0), torch.ones(len(x), 3), torch.zeros(()), none, none == 0)
+
+    sampling = ProposalSampling((4,), 4, "linear", unit=0.25)
+    field: Any = Constant()
+    renderer = HMoHERenderer(field, [field], torch.zeros(3), torch.ones(3), sampling).eval()
+    one = torch.ones(1)
+    rays = Rays(torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]), 0 * one, one, one.long())
+    weights = renderer(rays).weights
+    scaled = ProposalSampling((4,), 4, "linear", unit=1.0)
+    longer = Rays(
+        rays.origin, rays.direction, 4 * rays.near, 4 * rays.far, rays.image
+    )  # four times the length: the same
+    same = HMoHERenderer(field, [field], torch.zeros(3), torch.ones(3), scaled).eval()(longer).weights
+    torch.testing.assert_close(weights, same)

@@ -103,3 +103,40 @@ def test_skip_adds_the_experts_input_before_the_relu() -> None:
     x = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
     routed = dispatch(torch.ones(1, 1), None)
     assert mlp(x, routed).tolist() == [[1.0, 0.0, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize("slots", [None, 3, 6])
+def test_gradients_equal_those_of_all_experts_and_a_mask(slots: int | None) -> None:
+    torch.manual_seed(0)
+    points, experts = 20, 3
+    mlp = ExpertMLP(experts, [4, 5, 2]).double()
+    layers: Any = mlp.layers
+    first, second = layers
+    inputs = [
+        torch.randn(points, 4).double().requires_grad_(),
+        _probabilities(points, experts).double().requires_grad_(),
+    ]
+    wanted = [*inputs, *mlp.parameters()]
+    upstream = torch.randn(points, 2).double()
+    routed = dispatch(inputs[1], slots)
+    got = torch.autograd.grad(routed.combine(mlp(routed.gather(inputs[0]), routed)), wanted, upstream)
+    x, p = inputs
+    value, chosen = p.max(-1)
+    dense = torch.zeros(points, 2).double()
+    for e in range(experts):
+        y = torch.relu(x @ first.weight[e] + first.bias[e]) @ second.weight[e] + second.bias[e]
+        dense = dense + y * ((chosen == e) & routed.kept)[:, None]
+    for ours, theirs in zip(got, torch.autograd.grad(dense * value[:, None], wanted, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if slots == 3:
+        assert not routed.kept.all()
+
+
+def test_grouped_products_equal_expert_by_expert() -> None:
+    torch.manual_seed(0)
+    p = _probabilities(40, 5)
+    p[:, 2] = 0.0  # an expert without points
+    routed = dispatch(p, None)
+    mlp, x = ExpertMLP(5, [16, 16, 16, 8], skip_after=0), torch.randn(40, 16)
+    assert 0 in routed.offsets.diff().tolist()
+    torch.testing.assert_close(mlp.grouped(x, routed), mlp(x, routed))
