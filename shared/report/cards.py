@@ -7,7 +7,7 @@ gives the table, and another run fills in what that machine could not test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,21 @@ def merged_document(folder: Path) -> dict[str, Any]:
         UserError: the folder holds no run at reduced scale.
     """
     documents = list(_documents(folder).values())
-    reduced = [document for document in documents if document["scale"] == "reduced"]
-    base = min(reduced, key=_departures, default=None)
-    if base is None:
-        raise UserError(f"{folder} holds no results at scale=reduced; run the paper and copy its results.json there")
+    base = _default_run(folder, documents)
     newest = sorted(documents, key=lambda document: str(document.get("started")), reverse=True)
     others = sorted((d for d in newest if d is not base), key=lambda d: bool(d["environment"].get("dirty")))
     return {**base, "claims": [_best(row, others) for row in base["claims"]]}
 
 
 def on_other_data(folder: Path) -> Iterator[str]:
-    """Lines that hold the trained rows of whole runs on the user's data against those of the default run."""
-    default = {row["id"]: row for row in merged_document(folder)["claims"]}
-    for name, document in _documents(folder).items():
-        if not _root(document) or document["config"].get("claims", "all") != "all":
+    """Lines that hold the trained rows of runs on the user's data against those of the default run, where both tested them."""
+    documents = _documents(folder)
+    tested = [row for row in _default_run(folder, documents.values())["claims"] if row["verdict"] != NOT_TESTED]
+    default = {row["id"]: row for row in tested if row["evidence"] == "trained"}
+    for name, document in documents.items():
+        rows = [row for row in document["claims"] if row["id"] in default and row["verdict"] != NOT_TESTED]
+        if not _root(document) or not rows:
             continue
-        rows = [row for row in document["claims"] if row["evidence"] == "trained" and row["verdict"] != NOT_TESTED]
         where = f"`results/{folder.name}/{name}`, run on {escape(machine(document))} at commit {commit(document)}"
         yield from ("", f"The trained rows once more with `data.root` ({where}):", "")
         cells = (
@@ -52,6 +51,13 @@ def on_other_data(folder: Path) -> Iterator[str]:
             for row in rows
         )
         yield from table(["Claim", "Default data", "These data", "Verdict there"], cells, numeric=(1, 2))
+
+
+def _default_run(folder: Path, documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    reduced = [document for document in documents if document["scale"] == "reduced"]
+    if not reduced:
+        raise UserError(f"{folder} holds no results at scale=reduced; run the paper and copy its results.json there")
+    return min(reduced, key=_departures)
 
 
 def _documents(folder: Path) -> dict[str, dict[str, Any]]:
