@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.calibrate.clock import graph_of
 from shared.measure import Timings, measure
 
 
@@ -62,16 +63,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
     """``call`` captured as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return graph_of(call, 1).replay
 
 
 def relative(a: Tensor, b: Tensor) -> float:

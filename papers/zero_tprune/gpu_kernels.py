@@ -11,6 +11,7 @@ from torch import Tensor
 
 from papers.zero_tprune.importance import start_vector
 from papers.zero_tprune.plans import Rule, family
+from shared.calibrate.clock import graph_of
 from shared.measure import Ratio, peak_allocated_bytes
 
 if TYPE_CHECKING:
@@ -99,16 +100,7 @@ def memory(bench: Bench) -> None:
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:
     """``function`` as a CUDA graph: no launch cost."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    return graph_of(function, 1).replay
 
 
 def tune(bench: Bench) -> None:
