@@ -89,6 +89,22 @@ def test_committed_references_become_tables(name: str, gpu: str) -> None:
     assert all(table.rows and gpu in table.note for table in tables)
 
 
+def test_the_card_holds_the_accuracies_of_the_committed_transfer() -> None:
+    from papers.mobiletl.cifar import accuracies
+
+    result = json.loads((FOLDER / "reference" / "cifar10_h200_sxm.json").read_text())
+    card = " ".join((FOLDER / "README.md").read_text(encoding="utf-8").split())
+    ways = {
+        "FT-All": ("ft_all", 0), "FT-5": ("ft_blocks", 5), "MobileTL-5": ("mobiletl", 5), "FT-3": ("ft_blocks", 3),
+        "MobileTL-3": ("mobiletl", 3), "FT-1": ("ft_blocks", 1), "MobileTL-1": ("mobiletl", 1), "norms": ("norm", 0),
+        "shifts": ("bias", 0), "TinyTL-RandomL+B": ("lite_bias", 0), "classifier alone": ("last", 0),
+    }  # fmt: skip
+    assert result["complete"]
+    for label, way in ways.items():
+        found = accuracies(result, *way, [0, 1, 2])
+        assert f"{label} {sum(found) / 3:.1f}" in card, label
+
+
 def test_committed_gpu_measurement_meets_its_bounds() -> None:
     """The figures that the card quotes: memory at batch 128, time as a graph and eager at batch 8."""
     result = json.loads((FOLDER / "reference" / "h100_sxm.json").read_text())
